@@ -1,0 +1,1 @@
+"""Standalone accelerator ops of sparse layers; imports jax and nothing of jmoe."""
