@@ -1,0 +1,8 @@
+"""Dispatch: tokens to expert slots and back, by a routing decision. Pure functions of arrays."""
+
+from jmoe.dispatch.api import Method as Method
+from jmoe.dispatch.api import auto_method as auto_method
+from jmoe.dispatch.api import combine as combine
+from jmoe.dispatch.api import dispatch as dispatch
+from jmoe.dispatch.api import resolve as resolve
+from jmoe.dispatch.ragged import Ragged as Ragged

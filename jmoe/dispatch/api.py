@@ -1,0 +1,82 @@
+"""The two public functions: tokens to expert slots, and back."""
+
+from typing import Literal, get_args
+
+from jmoe.dispatch import einsum, gather, ragged
+from jmoe.dispatch.ragged import Ragged
+from jmoe.notation import Array, Float
+from jmoe.routing.decision import Decision, Mixing, Routing
+
+Method = Literal["auto", "einsum", "gather", "ragged"]
+
+
+def dispatch(x: Float[Array, "G S D"], decision: Decision, method: Method = "gather") -> Array | Ragged:
+    """Moves tokens to the slots of their experts.
+
+    Args:
+      x: [G, S, D] tokens, any float dtype.
+      decision: a Routing, or a Mixing (for which there is only "einsum", and "gather" and "auto" mean it).
+      method: "gather" (rows copied by index), "einsum" (one-hot masks, the definition), "ragged" (sorted by expert,
+        no slots), or "auto".
+
+    Returns:
+      [G, E, C, D] in the dtype of x, empty slots zero; or a Ragged for "ragged".
+      All methods agree in values and gradients; einsum accumulates in float32.
+
+    Raises:
+      ValueError: x does not have the groups of the decision, the method is unknown, or it is "ragged" for a Mixing.
+    """
+    G, S, _ = x.shape
+    groups, tokens = _groups(decision)
+    if (groups, tokens) != (G, S):
+        raise ValueError(f"dispatch got x with {G} groups of {S} tokens; the decision is of {groups} of {tokens}.")
+    return _module(method, decision).dispatch(x, decision)
+
+
+def combine(y: Array, decision: Decision, method: Method = "gather") -> Float[Array, "G S D"]:
+    """Brings the experts' outputs back to the tokens, summed by combine weight in float32.
+
+    Args:
+      y: [G, E, C, D] what the experts made of `dispatch(x, decision, method)`; [N, D] rows for "ragged".
+      decision: the decision that dispatched.
+      method: the method that dispatched.
+
+    Returns:
+      [G, S, D] in the dtype of y; zero for a token whose assignments were all dropped.
+
+    Raises:
+      ValueError: the method is unknown, or it is "ragged" for a Mixing.
+    """
+    return _module(method, decision).combine(y, decision)
+
+
+def resolve(method: Method, decision: Decision) -> Literal["einsum", "gather", "ragged"]:
+    """The method that runs: "auto" resolved, and a Mixing always by einsum.
+
+    Raises:
+      ValueError: the method is unknown, or it is "ragged" for a Mixing.
+    """
+    if method not in get_args(Method):
+        raise ValueError(
+            f"There is no dispatch method {method!r}; use one of {', '.join(map(repr, get_args(Method)))}."
+        )
+    if isinstance(decision, Mixing):
+        if method == "ragged":
+            raise ValueError("A soft router mixes tokens in fixed slots, which 'ragged' does not have; use 'einsum'.")
+        return "einsum"
+    return auto_method(decision) if method == "auto" else method
+
+
+def auto_method(routing: Routing) -> Literal["gather", "ragged"]:
+    """What "auto" means: "gather" with a capacity, "ragged" where every expert has room for the whole group."""
+    return "ragged" if routing.capacity >= routing.group_size and routing.choices is not None else "gather"
+
+
+def _groups(decision: Decision) -> tuple[int, int]:
+    if isinstance(decision, Mixing):
+        return decision.dispatch.shape[0], decision.dispatch.shape[1]
+    return decision.token.shape[0], decision.group_size
+
+
+def _module(method: Method, decision: Decision):
+    return {"einsum": einsum, "gather": gather, "ragged": ragged}[resolve(method, decision)]

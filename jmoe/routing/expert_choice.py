@@ -1,0 +1,84 @@
+"""Expert-choice routing (Zhou et al. 2022, arXiv:2202.09368, section 3.2)."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+
+from jmoe.notation import Array, Bool, Float
+from jmoe.routing.capacity import Rounding, check_capacity_options, expert_capacity
+from jmoe.routing.decision import Routing
+from jmoe.routing.losses import Loss
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ExpertChoice:
+    """Each expert takes the C tokens of the group it gates highest; a token may get many experts or none.
+
+    The load is balanced by construction, so there is no auxiliary loss. The softmax is over experts, not tokens.
+
+    Attributes:
+      capacity_factor: mean number of experts per token; C = S * capacity_factor / E, rounded. 2.0 as published.
+      rounding: "up", or "nearest" as in the Soft MoE paper's comparison.
+      multiple: C is then rounded up to a multiple of this.
+      noise_std: standard deviation of the noise on the logits in training, in units of 1 / E.
+    """
+
+    capacity_factor: float = 2.0
+    rounding: Rounding = "up"
+    multiple: int = 1
+    noise_std: float = 1.0
+
+    def __post_init__(self):
+        check_capacity_options(self.capacity_factor, None, self.rounding, self.multiple, "ExpertChoice")
+        if not self.noise_std >= 0:
+            raise ValueError(f"ExpertChoice wants a noise_std of at least 0; it got {self.noise_std}.")
+
+    @property
+    def losses(self) -> tuple[Loss, ...]:
+        """None are needed."""
+        return ()
+
+    @property
+    def batch_invariant(self) -> bool:
+        """Whether the result of a token is independent of the rest of its group."""
+        return False
+
+    def __call__(self, gates: Float[Array, "G S E"], *, mask: Bool[Array, "G S"] | None = None) -> Routing:
+        """Routes groups of tokens.
+
+        Args:
+          gates: [G, S, E] float32, softmax over experts.
+          mask: [G, S], False for padding, which no expert takes; experts that want more tokens than are real leave
+            slots empty.
+
+        Returns:
+          a Routing with A = E * C, nothing dropped but padding; the weights are the gates.
+
+        Raises:
+          ValueError: an expert would take no token, or more than the group has.
+        """
+        G, S, E = gates.shape
+        C = expert_capacity(S, E, self.capacity_factor, self.rounding, self.multiple)
+        if C > S:
+            raise ValueError(
+                f"ExpertChoice gives each expert {C} of a group's {S} tokens (capacity_factor={self.capacity_factor}, "
+                f"{E} experts, multiple={self.multiple}). Choose capacity_factor <= {E}, the number of experts, "
+                "or larger groups."
+            )
+        wanted = gates if mask is None else jnp.where(mask[..., None], gates, -1.0)  # padding comes last
+        weight, token = jax.lax.top_k(wanted.swapaxes(1, 2), C)  # [G, E, C]; equal gates: the earlier token first
+        slot = jnp.broadcast_to(jnp.arange(C), (G, E, C))
+        if mask is not None:
+            real = weight >= 0
+            slot, weight = jnp.where(real, slot, C), jnp.where(real, weight, 0.0)
+        expert = jnp.broadcast_to(jnp.arange(E)[:, None], (G, E, C))
+        return Routing(
+            token=token.reshape(G, E * C),
+            expert=expert.reshape(G, E * C),
+            slot=slot.reshape(G, E * C),
+            weight=weight.reshape(G, E * C),
+            group_size=S,
+            num_experts=E,
+            capacity=C,
+        )
