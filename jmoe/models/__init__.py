@@ -1,0 +1,3 @@
+"""Whole networks and their named variants."""
+
+from jmoe.models import vit as vit

@@ -1,0 +1,44 @@
+"""Self-attention and attention pooling."""
+
+from flax import nnx
+
+from jmoe.nn.mlp import Mlp
+from jmoe.notation import Array, Float
+
+
+def attention(D: int, num_heads: int, *, qk_norm: bool = False, dtype=None, rngs: nnx.Rngs) -> nnx.MultiHeadAttention:
+    """Multi-head attention of width D, Xavier-uniform, optionally with layer-normalised queries and keys (2302.05442).
+
+    Raises:
+      ValueError: num_heads does not divide D.
+    """
+    if D % num_heads:
+        raise ValueError(f"num_heads={num_heads} does not divide the model width {D}.")
+    return nnx.MultiHeadAttention(
+        num_heads,
+        D,
+        dtype=dtype,
+        kernel_init=nnx.initializers.xavier_uniform(),
+        normalize_qk=qk_norm,
+        decode=False,
+        keep_rngs=False,
+        rngs=rngs,
+    )
+
+
+class AttentionPool(nnx.Module):
+    """One learned query attends to all tokens, followed by an MLP (the "MAP" head of Scaling ViT, 2106.04560)."""
+
+    def __init__(self, D: int, num_heads: int, hidden_dim: int, *, qk_norm: bool = False, dtype=None, rngs: nnx.Rngs):
+        """Makes the probe [1, 1, D], attention, layer normalisation and MLP."""
+        self.probe = nnx.Param(nnx.initializers.xavier_uniform()(rngs.params(), (1, 1, D)))
+        self.attention = attention(D, num_heads, qk_norm=qk_norm, dtype=dtype, rngs=rngs)
+        self.norm = nnx.LayerNorm(D, dtype=dtype, rngs=rngs)
+        self.mlp = Mlp(D, hidden_dim, dtype=dtype, rngs=rngs)
+
+    def __call__(self, x: Float[Array, "B T D"]) -> Float[Array, "B D"]:
+        """Pools the tokens of each image."""
+        B, _, D = x.shape
+        probe = self.probe[...].astype(x.dtype)
+        pooled = self.attention(probe.repeat(B, axis=0), x, deterministic=True).reshape(B, D)
+        return pooled + self.mlp(self.norm(pooled))

@@ -1,0 +1,170 @@
+"""The sparse layer: gate, router, dispatch, experts, combine."""
+
+import dataclasses
+import logging
+import typing
+from collections.abc import Callable
+from typing import Any
+
+import jax
+from flax import nnx
+
+from jmoe.dispatch import Method, combine, dispatch, resolve
+from jmoe.nn.gate import default_gate
+from jmoe.nn.groups import from_groups, group_length, to_groups
+from jmoe.nn.mlp import ExpertInit, ExpertMlp
+from jmoe.notation import Array, Bool, Float, PRNGKeyArray
+from jmoe.routing import Decision, Loss, Router, TopK, routing_metrics
+
+logger = logging.getLogger("jmoe")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class MoEConfig:
+    """A sparse layer, or all sparse layers of a transformer.
+
+    Attributes:
+      num_experts: E.
+      hidden_dim: F, hidden width of each expert; None for that of the transformer's dense blocks, or 4 * D.
+      router: TopK, Switch, ExpertChoice, Soft, or your own.
+      layers: the blocks of a transformer that are sparse, counted from 0: "last-n" (the last n odd ones, as V-MoE
+        places them), "every-n" (n-1, 2n-1, ...), or a tuple of indices. A layer on its own does not read it.
+      images_per_group: images that are routed together; 8 as published. Larger groups than the batch are the batch.
+      group_size: tokens that are routed together, instead of whole images.
+      dropout: rate inside the experts.
+      expert_init: "identical" as published, or "independent".
+      losses: auxiliary losses with their weights; None for those published with the router.
+      method: how tokens move: "gather", "einsum", "ragged", or "auto".
+      gate: makes the gate, called as gate(D, num_experts, rngs=rngs), such as the class of an NNX module; None for
+        the one published with the router.
+    """
+
+    num_experts: int = 8
+    hidden_dim: int | None = None
+    router: Router = TopK()
+    layers: str | tuple[int, ...] = "every-2"
+    images_per_group: int | None = 8
+    group_size: int | None = None
+    dropout: float = 0.0
+    expert_init: ExpertInit = "identical"
+    losses: tuple[Loss, ...] | None = None
+    method: Method = "auto"
+    gate: Callable[..., Any] | None = None
+
+    def __post_init__(self):
+        for name in ("num_experts", "hidden_dim", "images_per_group", "group_size"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ValueError(f"MoEConfig wants {name} of at least 1; it got {value}.")
+        if not 0 <= self.dropout < 1:
+            raise ValueError(f"MoEConfig wants a dropout rate from 0 to below 1; it got {self.dropout}.")
+        if self.expert_init not in typing.get_args(ExpertInit):
+            raise ValueError(f"MoEConfig wants expert_init 'identical' or 'independent'; it got {self.expert_init!r}.")
+        if self.method not in typing.get_args(Method):
+            raise ValueError(f"MoEConfig wants a method of {typing.get_args(Method)}; it got {self.method!r}.")
+        if isinstance(self.router, TopK) and self.router.k > self.num_experts:
+            raise ValueError(
+                f"TopK has k={self.router.k}, but there are only num_experts={self.num_experts}. "
+                f"Choose k from 1 to {self.num_experts}."
+            )
+
+
+@typing.no_type_check  # JAX rebuilds it with batched leaves and placeholders; checking those would reject vmap.
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class MoEOutput:
+    """What a sparse layer computed.
+
+    Attributes:
+      y: [B, T, D], zero for a token that got no slot (add it to the residual stream).
+      decision: where each token of each group went: a Routing, or a Mixing for a soft router.
+      losses: the weighted auxiliary losses, scalars by name; add their sum to the task's loss.
+      metrics: shares dropped, expert load, entropy and confidence of the gate; see `routing_metrics`.
+    """
+
+    y: Float[Array, "B T D"]
+    decision: Decision
+    losses: dict[str, Float[Array, ""]]
+    metrics: dict[str, Array]
+
+
+class MoEMlp(nnx.Module):
+    """Sparse MLP: every token is processed by the experts its router chose, and their outputs summed by weight.
+
+    Equation 1 of V-MoE (arXiv:2106.05974), with any router. It has no residual connection and no normalisation.
+    """
+
+    def __init__(self, config: MoEConfig, D: int, *, dtype=None, rngs: nnx.Rngs):
+        """Makes the gate and the experts, all in float32.
+
+        Args:
+          config: the layer's options.
+          D: model width.
+          dtype: of the experts' computation, such as jnp.bfloat16; that of the tokens if None. Routing is in float32.
+          rngs: its stream "params" is used.
+        """
+        E = config.num_experts
+        self.gate = (config.gate or _default(config.router))(D, E, rngs=rngs)
+        self.experts = ExpertMlp(
+            E,
+            D,
+            config.hidden_dim or 4 * D,
+            dropout=config.dropout,
+            init=config.expert_init,
+            dtype=dtype,
+            rngs=rngs,
+        )
+        self.config = config
+
+    def __call__(
+        self,
+        x: Float[Array, "B T D"],
+        *,
+        mask: Bool[Array, "B T"] | None = None,
+        key: PRNGKeyArray | None = None,
+    ) -> MoEOutput:
+        """Applies the layer.
+
+        Args:
+          x: [B, T, D] tokens of B images, float32 or bfloat16.
+          mask: [B, T], False for padding: never routed, takes no slot, counts in no loss or metric, and comes back
+            as zeros.
+          key: randomness of training (noise of the gate, dropout); None for evaluation, which has neither.
+
+        Returns:
+          a MoEOutput; y has the dtype of x.
+
+        Raises:
+          ValueError: the router cannot route such groups (no slot for an expert, say).
+        """
+        config = self.config
+        B, T, _ = x.shape
+        gate_key, dropout_key = (None, None) if key is None else jax.random.split(key)
+        S = group_length(B, T, group_size=config.group_size, images_per_group=config.images_per_group)
+        tokens, mask = to_groups(x, mask, S)  # [G, S, D]
+        gating = self.gate(tokens, mask=mask, key=gate_key)
+        scores = gating.noisy_logits if gating.noisy_logits.ndim == 4 else gating.gates  # soft routers read logits
+        decision = config.router(scores, mask=mask)
+
+        method = resolve(config.method, decision)
+        if method == "ragged":
+            ragged = dispatch(tokens, decision, method)
+            outputs = self.experts.ragged(ragged.rows, ragged.group_sizes, key=dropout_key)
+        else:
+            slots = dispatch(tokens, decision, method).swapaxes(0, 1)  # [E, G, C, D]
+            E, G, C, D = slots.shape
+            outputs = self.experts(slots.reshape(E, G * C, D), key=dropout_key)
+            outputs = outputs.reshape(E, G, C, D).swapaxes(0, 1)
+        y = from_groups(combine(outputs, decision, method), B, T).astype(x.dtype)
+
+        losses = config.router.losses if config.losses is None else config.losses
+        return MoEOutput(
+            y=y,
+            decision=decision,
+            losses={loss.name: loss(gating, decision) for loss in losses},
+            metrics=routing_metrics(gating, decision),
+        )
+
+
+def _default(router: Router) -> Callable[..., nnx.Module]:
+    return lambda D, num_experts, *, rngs: default_gate(router, D, num_experts, rngs=rngs)
