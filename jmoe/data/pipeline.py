@@ -1,0 +1,360 @@
+# ruff: noqa: PT028  (test_batches is no test)
+"""Batches of images for training and evaluation.
+
+Batch k of a training run is a pure function of the data, the seed and k: which records, in which order, and how each is
+augmented. Nothing depends on the number of processes, of worker processes, or on where a run was interrupted, so the
+data position to save is the step alone, and resuming is `start_step`.
+
+Batches are dicts of numpy arrays: "image" uint8 [B, H, W, C], "label" int32 [B], and "mask" bool [B], which is False
+where evaluation has padded. Scaling, one-hot labels and mixup are left to the device.
+"""
+
+import dataclasses
+import functools
+import logging
+import signal
+import typing
+import weakref
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+
+from jmoe.data.augment import Augmentation, height_and_width
+from jmoe.data.decode import resize_image
+from jmoe.data.sources import BadRecordError, RandomAccess, Source
+from jmoe.errors import UserError
+
+logger = logging.getLogger(__name__)
+
+ENDLESS = 2**48  # batches; a training run ends before
+SHUFFLE_STREAM, AUGMENT_STREAM = 0, 1  # second word of the key of every generator
+
+
+@typing.no_type_check  # Checking a source against the protocol would call its properties, which may read the disk.
+@dataclasses.dataclass(frozen=True)
+class DataConfig:
+    """Where images come from, and how they become batches.
+
+    Attributes:
+      source: the dataset, such as `Digits()`, `TFDS("cifar10")` or `ImageFolder("path")`.
+      batch_size: images per step, over all processes.
+      image_size: height and width of every image in pixels, an int for a square; others are resized bilinearly, in
+        training after the augmentations. None takes the images as they are, which must then be of one size.
+      augment: augmentations of training images, applied in order.
+      num_workers: processes that read and decode, per process of the run; 0 for a background thread, which is enough
+        for small images.
+    """
+
+    source: Source
+    batch_size: int
+    image_size: int | tuple[int, int] | None = None
+    augment: tuple[Augmentation, ...] = ()
+    num_workers: int = 0
+
+
+class Batches(Iterator[dict[str, np.ndarray]]):
+    """Iterates over batches that are made ahead, in a background thread or in worker processes.
+
+    Attributes:
+      bad: a sentence for every record that was found damaged so far, and replaced or left out.
+    """
+
+    def __init__(self, maker: "_BatchMaker", start: int, num_workers: int):
+        import grain
+        from absl import flags
+
+        self.bad: list[str] = []
+        self._records = maker.records
+        self._copy = True if num_workers else None
+        dataset = grain.MapDataset.source(maker)[start:]
+        dataset = dataset.to_iter_dataset(grain.ReadOptions(num_threads=1, prefetch_buffer_size=2))
+        if num_workers:
+            if not flags.FLAGS.is_parsed():
+                flags.FLAGS.mark_as_parsed()  # grain reads a flag of its own, and fails in programs without absl's main
+            options = grain.MultiprocessingOptions(num_workers=num_workers, per_worker_buffer_size=2)
+            dataset = dataset.mp_prefetch(options, worker_init_fn=_start_worker)
+        self._iterator: Any = iter(dataset)
+        self._finalizer = weakref.finalize(self, self._iterator.close)  # at the latest when the program ends
+
+    def __next__(self) -> dict[str, np.ndarray]:
+        if self._iterator is None:
+            raise StopIteration
+        try:
+            batch = next(self._iterator)
+        except BaseException:  # StopIteration, or an error after which there is nothing more to read
+            self.close()
+            raise
+        for sentence in batch.pop("bad"):
+            if sentence not in self.bad:
+                self.bad.append(sentence)
+                logger.warning("%s Bad files so far: %d", sentence, len(self.bad))
+        _check_bad(self._records, self.bad)
+        # From a worker, arrays lie in shared memory, which is scarce in containers and should be given back at once.
+        return {key: np.array(value, subok=False, copy=self._copy) for key, value in batch.items()}
+
+    def close(self) -> None:
+        """Ends the background thread or the worker processes; there are no more batches then."""
+        self._finalizer()
+        self._iterator = None
+
+
+def train_batches(
+    config: DataConfig, *, seed: int, start_step: int = 0, process_index: int = 0, process_count: int = 1
+) -> Batches:
+    """Endless batches of shuffled and augmented training images, from step `start_step` on.
+
+    Over all processes together, every stretch of as many images as the split has, counted from step 0, holds each of
+    them once: epochs follow each other without a gap, also within a batch.
+
+    Args:
+      config: the data.
+      seed: of order and augmentation; any integer, taken modulo 2**64.
+      start_step: the step whose batch comes first.
+      process_index: which process of `process_count` this is. It gets images process_index, process_index +
+        process_count, ... of each batch.
+      process_count: number of processes that share a batch.
+
+    Raises:
+      UserError: the batch size does not fit the number of processes or of images. While iterating: a wrong label,
+        images of different sizes without image_size, too many damaged files.
+    """
+    _check_batch_size(config.batch_size, process_index, process_count)
+    if start_step < 0:
+        raise ValueError(f"train_batches counts steps from 0, not {start_step=}.")
+    records = config.source.open(config.source.train)
+    if len(records) < config.batch_size:
+        raise UserError(
+            f"A batch of {config.batch_size} images is more than the {len(records)} of {records.name}: choose a "
+            f"batch_size of at most {len(records)}."
+        )
+    maker = _BatchMaker(
+        records=records,
+        num_classes=config.source.num_classes,
+        batch_size=config.batch_size,
+        image_size=config.image_size,
+        process_index=process_index,
+        process_count=process_count,
+        seed=seed % 2**64,
+        augment=config.augment,
+    )
+    return Batches(maker, start_step, config.num_workers)
+
+
+def test_batches(
+    config: DataConfig,
+    *,
+    split: str | None = None,
+    batch_size: int | None = None,
+    process_index: int = 0,
+    process_count: int = 1,
+) -> Batches:
+    """Every image of a split once, in order; where the last batch is not full, mask is False and the rest zero.
+
+    Args:
+      config: the data; its augmentations are not applied.
+      split: the split, or slice of one; the source's `test` by default.
+      batch_size: images per batch over all processes; that of training by default.
+      process_index: which process of `process_count` this is. All get the same number of batches.
+      process_count: number of processes that share a batch.
+
+    Raises:
+      UserError: as `train_batches`.
+    """
+    batch_size = batch_size or config.batch_size
+    _check_batch_size(batch_size, process_index, process_count)
+    maker = _BatchMaker(
+        records=config.source.open(split or config.source.test),
+        num_classes=config.source.num_classes,
+        batch_size=batch_size,
+        image_size=config.image_size,
+        process_index=process_index,
+        process_count=process_count,
+        seed=None,
+        augment=(),
+    )
+    return Batches(maker, 0, config.num_workers)
+
+
+def num_train_images(config: DataConfig) -> int:
+    """Number of images in the training split."""
+    return len(config.source.open(config.source.train))
+
+
+def num_test_images(config: DataConfig) -> int:
+    """Number of images in the test split."""
+    return len(config.source.open(config.source.test))
+
+
+def steps_per_epoch(config: DataConfig) -> int:
+    """Whole batches in one pass over the training split."""
+    return num_train_images(config) // config.batch_size
+
+
+def fingerprint(config: DataConfig) -> str:
+    """Identifies the training images and their order, to tell whether a run is resumed with the data it began with."""
+    return config.source.open(config.source.train).fingerprint
+
+
+def epoch_order(seed: int, epoch: int, num_records: int) -> np.ndarray:
+    """The order of an epoch: a permutation of range(num_records), the same wherever it is computed."""
+    rng = np.random.Generator(np.random.Philox())
+    _set_stream(rng, seed, SHUFFLE_STREAM, epoch)
+    return rng.permutation(num_records)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class _BatchMaker:
+    """One process's share of every batch, by number: a grain data source whose elements are whole batches.
+
+    Whole batches, and an order of our own, because grain's price per element (30 microseconds, half of it for its
+    shuffle, which walks through a cycle of 65,536 whatever the size) would be most of the cost of images as small as
+    the digits.
+    """
+
+    records: Any  # a RandomAccess; run-time checks of a protocol would ask for all its members
+    num_classes: int
+    batch_size: int
+    image_size: int | tuple[int, int] | None
+    process_index: int
+    process_count: int
+    seed: int | None  # None to go through the records once and in order, without augmentation
+    augment: tuple[Augmentation, ...]
+
+    def __len__(self) -> int:
+        return -(-len(self.records) // self.batch_size) if self.seed is None else ENDLESS
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        first = index * self.batch_size
+        rows = range(first + self.process_index, first + self.batch_size, self.process_count)
+        rng = np.random.Generator(np.random.Philox())
+        bad: list[str] = []
+        images, labels, mask = [], np.zeros(len(rows), np.int32), np.zeros(len(rows), bool)
+        where = []  # the record of each image, for the message about their sizes
+        for row, position in enumerate(rows):
+            if self.seed is None:
+                made = self._test_image(position, bad)
+            else:
+                made = self._train_image(position, self.seed, rng, bad)
+            if made is not None:
+                image, labels[row], record = made
+                mask[row] = True
+                images.append(image)
+                where.append(record)
+        self._check_sizes(images, where)
+        if mask.all():
+            batch = np.stack(images)
+        else:
+            shape = images[0].shape if images else self._any_image(bad).shape
+            batch = np.zeros((len(rows), *shape), np.uint8)
+            batch[mask] = images or 0
+        return {"image": batch, "label": labels, "mask": mask, "bad": bad}
+
+    def _train_image(
+        self, position: int, seed: int, rng: np.random.Generator, bad: list[str]
+    ) -> tuple[np.ndarray, int, int]:
+        """The image at a position of the endless sequence of shuffled epochs."""
+        epoch, place = divmod(position, len(self.records))
+        image, label, index = self._read(int(_cached_order(seed, epoch, len(self.records))[place]), bad)
+        if self.augment:
+            _set_stream(rng, seed, AUGMENT_STREAM, position)
+            for augment in self.augment:
+                image = augment(image, rng)
+        return self._resize(image), label, index
+
+    def _test_image(self, position: int, bad: list[str]) -> tuple[np.ndarray, int, int] | None:
+        """The image at a position; None past the end, and for a damaged record."""
+        if position >= len(self.records):
+            return None
+        image, label, index = self._read(position, bad)
+        return (self._resize(image), label, index) if index == position else None
+
+    def _any_image(self, bad: list[str]) -> np.ndarray:
+        """What an image looks like, for a share of a batch that has none."""
+        return self._resize(self._read(0, bad)[0])
+
+    def _read(self, index: int, bad: list[str]) -> tuple[np.ndarray, int, int]:
+        """The image and label of a record, or of the next that is not damaged; and the index it was read from."""
+        for _ in range(len(self.records)):
+            try:
+                record = self.records[index]
+            except BadRecordError as error:
+                if str(error) not in bad:
+                    bad.append(str(error))
+                    _check_bad(self.records, bad)
+                index = (index + 1) % len(self.records)
+                continue
+            image, label = record["image"], record["label"]
+            if image.dtype != np.uint8 or image.ndim != 3:
+                raise UserError(
+                    f"{self.records.describe(index)} should be an image uint8 [H, W, C] and is {image.dtype} "
+                    f"{list(image.shape)}: convert it where the source reads it."
+                )
+            if not 0 <= label < self.num_classes:
+                raise UserError(
+                    f"{self.records.describe(index)} has label {label}, outside [0, {self.num_classes}): correct it, "
+                    "or the num_classes of the source."
+                )
+            return image, label, index
+        raise UserError(f"None of the {len(self.records)} records of {self.records.name} can be read: {bad[0]}")
+
+    def _resize(self, image: np.ndarray) -> np.ndarray:
+        return image if self.image_size is None else resize_image(image, height_and_width(self.image_size))
+
+    def _check_sizes(self, images: list[np.ndarray], where: list[int]) -> None:
+        for image, index in zip(images, where, strict=True):
+            if image.shape != images[0].shape:
+                raise UserError(
+                    f"The images of a batch must have one shape [H, W, C]: {self.records.describe(where[0])} has "
+                    f"{list(images[0].shape)}, {self.records.describe(index)} has {list(image.shape)}. Set image_size."
+                )
+
+
+@functools.lru_cache(maxsize=2)  # a batch lies in at most two epochs
+def _cached_order(seed: int, epoch: int, num_records: int) -> np.ndarray:
+    return epoch_order(seed, epoch, num_records)
+
+
+def _set_stream(rng: np.random.Generator, seed: int, stream: int, index: int) -> None:
+    """Turns rng to the numbers that belong to (seed, stream, index) alone: Philox hashes its key and a counter.
+
+    The same as a new `Generator(Philox(key=[seed, stream], counter=[0, 0, 0, index]))`, which takes ten times as long.
+    """
+    rng.bit_generator.state = {
+        "bit_generator": "Philox",
+        "state": {"key": np.array([seed, stream], np.uint64), "counter": np.array([0, 0, 0, index], np.uint64)},
+        "buffer": np.zeros(4, np.uint64),
+        "buffer_pos": 4,  # nothing buffered
+        "has_uint32": 0,
+        "uinteger": 0,
+    }
+
+
+def _check_batch_size(batch_size: int, process_index: int, process_count: int) -> None:
+    if not 0 <= process_index < process_count:
+        raise ValueError(f"{process_index=} is not in [0, {process_count=}).")
+    if batch_size < 1 or batch_size % process_count:
+        raise UserError(
+            f"A batch_size of {batch_size} cannot be shared equally by {process_count} process(es): choose a positive "
+            f"multiple of {process_count}."
+        )
+
+
+def _check_bad(records: RandomAccess, bad: list[str]) -> None:
+    """Stops when more records are damaged than the source allows."""
+    if not bad or len(bad) <= records.max_bad_fraction * len(records):
+        return
+    if records.max_bad_fraction == 0:
+        raise UserError(bad[0])
+    raise UserError(
+        f"At least {len(bad)} of the {len(records)} files of {records.name} cannot be read as images, more than the "
+        f"max_bad_fraction={records.max_bad_fraction} allowed: remove or repair them. The first: {' '.join(bad[:3])}"
+    )
+
+
+def _start_worker(index: int, count: int) -> None:
+    """Leaves Ctrl-C to the process that started the worker, which ends it; and threads to the other workers."""
+    import cv2
+
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    cv2.setNumThreads(0)
