@@ -41,4 +41,4 @@ def mixup(
 def mix_with_next(x: Float[Array, "B ..."], weights: Float[Array, "#B n"]) -> Float[Array, "B ..."]:
     """The sum over j < n of weights[i, j] * x[(i + j) mod B]; one row of weights serves the whole batch."""
     weights = weights.reshape(*weights.shape, *(1,) * (x.ndim - 1))  # [1 or B, n, 1, ...]
-    return sum(weights[:, j] * jnp.roll(x, -j, axis=0) for j in range(weights.shape[1]))
+    return sum((weights[:, j] * jnp.roll(x, -j, axis=0) for j in range(weights.shape[1])), jnp.zeros_like(x))
