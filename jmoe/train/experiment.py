@@ -23,27 +23,36 @@ def load_experiment(path: str | os.PathLike[str], overrides: Sequence[str] = ())
       UserError: the file does not exist, cannot be run, or has no `get_config()` that returns a TrainConfig; or an
         override is wrong. The sentence has the file and, where there is one, the line.
     """
-    from jmoe.train.config import TrainConfig
-
-    return load_config(path, overrides, TrainConfig)
-
-
-def load_config(path: str | os.PathLike[str], overrides: Sequence[str], kind: type[Config]) -> Config:
-    """Returns what the `get_config()` of the file returns, which must be of the given class, with overrides applied."""
     file = pathlib.Path(path)
-    module = _run(file)
-    get_config = getattr(module, "get_config", None)
-    if not callable(get_config):
-        raise UserError(f"{file} has no function get_config(); an experiment defines one that returns a TrainConfig.")
-    try:
-        config = get_config()
-    except (Exception, SystemExit) as error:
-        raise UserError(f"get_config() of {_where(file, error)} failed: {_sentence(file, error)}") from error
+    config = _configure(file)
+    from jmoe.train.config import TrainConfig  # only now, so that a mistyped path is answered at once
+
+    return _checked(file, config, TrainConfig, overrides)
+
+
+def load_config(path: str | os.PathLike[str], kind: type[Config], overrides: Sequence[str] = ()) -> Config:
+    """Returns the configuration of a file whose `get_config()` makes one of the given class, like `load_experiment`."""
+    file = pathlib.Path(path)
+    return _checked(file, _configure(file), kind, overrides)
+
+
+def _checked(file: pathlib.Path, config: Any, kind: type[Config], overrides: Sequence[str]) -> Config:
     if not isinstance(config, kind):
         came = "None" if config is None else f"a {type(config).__name__}"
         forgotten = " Did you forget the return?" if config is None else ""
         raise UserError(f"get_config() of {file} must return a {kind.__name__}, not {came}.{forgotten}")
     return apply_overrides(config, overrides)
+
+
+def _configure(file: pathlib.Path) -> Any:
+    """What the file's `get_config()` returns."""
+    get_config = getattr(_run(file), "get_config", None)
+    if not callable(get_config):
+        raise UserError(f"{file} has no function get_config(); an experiment defines one that returns a TrainConfig.")
+    try:
+        return get_config()
+    except (Exception, SystemExit) as error:
+        raise UserError(f"get_config() of {_where(file, error)} failed: {_sentence(file, error)}") from error
 
 
 def _run(file: pathlib.Path) -> types.ModuleType:

@@ -37,7 +37,7 @@ def write(tmp_path, name, text):
 
 def sentence(path, *sets):
     with pytest.raises(UserError) as error:
-        load_config(path, sets, Config)
+        load_config(path, Config, sets)
     return str(error.value)
 
 
@@ -45,17 +45,17 @@ def sentence(path, *sets):
 def test_an_experiment_is_loaded_from_its_path(tmp_path, name):
     json = sys.modules.get("json")
     for path in (write(tmp_path, name, GOOD), tmp_path / name):
-        assert load_config(path, [], Config) == Config(seed=3)
-        assert load_config(path, ["seed=4"], Config) == Config(seed=4)
+        assert load_config(path, Config) == Config(seed=3)
+        assert load_config(path, Config, ["seed=4"]) == Config(seed=4)
     assert not list(tmp_path.rglob("__pycache__"))
     assert sys.modules.get("json") is json
 
 
 def test_a_file_that_changed_is_read_again(tmp_path):
     path = write(tmp_path, "a.py", GOOD)
-    assert load_config(path, [], Config).seed == 3
+    assert load_config(path, Config).seed == 3
     write(tmp_path, "a.py", GOOD.replace("3", "5"))
-    assert load_config(path, [], Config).seed == 5
+    assert load_config(path, Config).seed == 5
 
 
 def test_an_experiment_may_have_a_router_of_its_own(tmp_path):
@@ -65,10 +65,10 @@ def test_an_experiment_may_have_a_router_of_its_own(tmp_path):
         "@dataclasses.dataclass(frozen=True)\nclass Mine:\n    k: int = 1\n"
     )
     path = write(tmp_path, "a.py", own + GOOD.replace("seed=3", "router=Mine()"))
-    config = load_config(path, ["router.k=2", "seed=1"], Config)
+    config = load_config(path, Config, ["router.k=2", "seed=1"])
     assert config.router.k == 2
-    assert load_config(path, ["router=Mine(k=3)"], Config).router.k == 3
-    config = load_config(path, [], Config)
+    assert load_config(path, Config, ["router=Mine(k=3)"]).router.k == 3
+    config = load_config(path, Config)
     assert from_json(to_json(config), modules=[__name__]) == config
 
 
@@ -78,10 +78,10 @@ def test_an_experiment_may_build_on_another(tmp_path):
         "import dataclasses, pathlib\n"
         f"from {__name__} import Config\nfrom jmoe.train.experiment import load_config\n\n"
         "def get_config():\n"
-        "    base = load_config(pathlib.Path(__file__).with_name('base.py'), [], Config)\n"
+        "    base = load_config(pathlib.Path(__file__).with_name('base.py'), Config)\n"
         "    return dataclasses.replace(base, router='dense')\n"
     )
-    assert load_config(write(tmp_path, "dense.py", dense), [], Config) == Config(seed=3, router="dense")
+    assert load_config(write(tmp_path, "dense.py", dense), Config) == Config(seed=3, router="dense")
 
 
 def test_a_missing_experiment_names_the_nearest(tmp_path):
@@ -203,7 +203,7 @@ def test_a_file_that_is_not_text_is_explained(tmp_path, content):
 
 def test_a_failed_experiment_leaves_no_module_behind(tmp_path):
     path = write(tmp_path, "a.py", GOOD)
-    load_config(path, [], Config)
+    load_config(path, Config)
     loaded = sys.modules["jmoe_experiment.a"]
     write(tmp_path, "a.py", "1 / 0")
     sentence(path)
@@ -214,7 +214,7 @@ def test_a_failed_experiment_leaves_no_module_behind(tmp_path):
 
 def test_ctrl_c_while_importing_is_not_a_mistake_of_the_file(tmp_path):
     with pytest.raises(KeyboardInterrupt):
-        load_config(write(tmp_path, "a.py", "raise KeyboardInterrupt"), [], Config)
+        load_config(write(tmp_path, "a.py", "raise KeyboardInterrupt"), Config)
 
 
 def test_a_wrong_override_says_where_it_came_from(tmp_path):
