@@ -135,7 +135,7 @@ def fit(value: Any, hint: Any) -> Any:
     if isinstance(hint, typing.NewType):
         return fit(value, hint.__supertype__)
     if origin in (typing.Union, types.UnionType):
-        fitted = [result for arm in args if (result := _fit_or_absent(value, arm)) is not ABSENT]
+        fitted = [fit(value, arm) for arm in args if fits(value, arm)]
         unchanged = [result for result in fitted if type(result) is type(value) and result == value]
         if fitted:
             return (unchanged or fitted)[0]
@@ -177,11 +177,13 @@ def fit(value: Any, hint: Any) -> Any:
     raise MisfitError
 
 
-def _fit_or_absent(value: Any, hint: Any) -> Any:
+def fits(value: Any, hint: Any) -> bool:
+    """Returns whether the value fits the annotation."""
     try:
-        return fit(value, hint)
+        fit(value, hint)
     except MisfitError:
-        return ABSENT
+        return False
+    return True
 
 
 def _members(cls: type) -> set[str]:

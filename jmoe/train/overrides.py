@@ -34,6 +34,7 @@ from jmoe.train.drafts import (
     fields,
     fit,
     fit_option,
+    fits,
     is_config,
     wrong_type,
 )
@@ -65,7 +66,7 @@ def apply_overrides(config: Any, sets: Sequence[str], names: Mapping[str, type] 
 
 
 def public_classes() -> dict[str, type]:
-    """Returns by name the dataclasses that jmoe, jmoe.data and jmoe.train export, then those of loaded modules.
+    """Returns by name the frozen dataclasses that jmoe, jmoe.data and jmoe.train export, then those of loaded modules.
 
     Loaded modules are those of jmoe and the experiments, so that a router of an experiment's own can be named too.
     """
@@ -75,7 +76,8 @@ def public_classes() -> dict[str, type]:
     for module in exporting + loaded:
         for name in getattr(module, "__all__", None) or dir(module):
             value = getattr(module, name, None)
-            if isinstance(value, type) and dataclasses.is_dataclass(value) and not name.startswith("_"):
+            is_frozen = getattr(getattr(value, "__dataclass_params__", None), "frozen", False)
+            if isinstance(value, type) and is_frozen and not name.startswith("_"):
                 found.setdefault(name, value)
     return found
 
@@ -128,7 +130,7 @@ class _Edit:
     def _value(self, hint: Any, owner: str) -> Any:
         """Returns the value as the annotation wants it; what fits in no other way is taken as text."""
         try:
-            parsed = self._parse()
+            parsed = self._parse(hint)
         except UserError:
             if hint is str:
                 return self.text
@@ -141,7 +143,7 @@ class _Edit:
                 continue
         raise wrong_type(owner, hint, parsed, self.origin)
 
-    def _parse(self) -> Any:
+    def _parse(self, hint: Any) -> Any:
         """Returns the literal or the draft that the text stands for, or the text itself if it is neither."""
         text = self.text
         try:
@@ -155,10 +157,10 @@ class _Edit:
             return text  # such as gs://bucket/run or train[:90%]
         is_number = isinstance(node, ast.UnaryOp) and isinstance(node.operand, ast.Constant)
         if is_number or isinstance(node, ast.Constant | ast.Name | ast.Tuple | ast.List | ast.Dict | ast.Call):
-            return self._literal(node)
+            return self._literal(node, hint)
         return text  # such as B/16 or every-2
 
-    def _literal(self, node: ast.expr) -> Any:
+    def _literal(self, node: ast.expr, hint: Any) -> Any:
         match node:
             case ast.Constant(value=None | bool() | int() | float() | str() as value):
                 return value
@@ -168,27 +170,28 @@ class _Edit:
                 if word[0].isupper() and word.lower() not in _WORDS and word in self.classes():
                     raise UserError(f"{word} is a class; write {word}() for its defaults (from {self.origin}).")
                 return _WORDS.get(word.lower(), word)
-            case ast.Tuple():
-                return tuple(self._literal(element) for element in node.elts)
-            case ast.List():
-                return [self._literal(element) for element in node.elts]
+            case ast.Tuple() | ast.List():
+                values = [self._literal(element, element_hint(hint, i)) for i, element in enumerate(node.elts)]
+                return tuple(values) if isinstance(node, ast.Tuple) else values
             case ast.Dict() if all(isinstance(key, ast.Constant) for key in node.keys):
-                keys = [self._literal(key) for key in node.keys if key]
-                return dict(zip(keys, map(self._literal, node.values), strict=True))
+                keys = [self._literal(key, Any) for key in node.keys if key]
+                values = [self._literal(value, element_hint(hint, 1)) for value in node.values]
+                return dict(zip(keys, values, strict=True))
             case ast.Call():
-                return self._call(node)
+                return self._call(node, hint)
         raise UserError(
             f"'{ast.unparse(node)}' is no number, text, tuple or configuration (from {self.origin}). "
             "Put quotes around text."
         )
 
-    def _call(self, node: ast.Call) -> Draft:
+    def _call(self, node: ast.Call, hint: Any) -> Draft:
         name = node.func.attr if isinstance(node.func, ast.Attribute) else ast.unparse(node.func)
         classes = self.classes()
         if name not in classes:
+            fitting = [known for known, cls in classes.items() if fits(Draft(cls, {}, ()), hint)] or classes
             raise UserError(
-                f"There is no configuration class '{name}' (from {self.origin}).{did_you_mean(name, classes)} "
-                f"The classes are: {', '.join(sorted(classes))}."
+                f"There is no configuration class '{name}' (from {self.origin}).{did_you_mean(name, fitting)} "
+                f"What fits here: {', '.join(sorted(fitting))}."
             )
         cls = classes[name]
         positional = [field.name for field in fields(cls) if not field.kw_only]
@@ -203,5 +206,5 @@ class _Edit:
             if option is None or option in values:
                 raise UserError(f"{name} takes each option once, as {name}(option=value) (from {self.origin}).")
             check_option(cls, option, self.origin)
-            values[option] = fit_option(self._literal(expression), cls, option, self.origin)
+            values[option] = fit_option(self._literal(expression, annotation(cls, option)), cls, option, self.origin)
         return Draft(cls, values, (self.origin,))

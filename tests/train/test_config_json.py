@@ -9,8 +9,13 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from jmoe import ExpertChoice, Importance, MoEConfig, Soft, Switch, TopK, ZLoss
+from jmoe.data import TFDS, DataConfig, Digits, ImageFolder, InceptionCrop, RandomFlip, Shift
 from jmoe.errors import UserError
+from jmoe.models.vit import variant
 from jmoe.train.config_json import differences, from_json, to_json
+from jmoe.train.optimizer import SGD, AdamW
+from jmoe.train.schedule import Cosine, Linear, Rsqrt
 
 HERE = __name__
 
@@ -73,6 +78,32 @@ def test_a_configuration_survives_json(tree):
 def test_only_different_configurations_have_differences(a, b):
     assert differences(to_json(a), to_json(a)) == []
     assert differences(to_json(a), to_json(b)) or to_json(a) == to_json(b)
+
+
+@given(
+    k=st.integers(1, 4),
+    factor=st.floats(0.1, 4),
+    router=st.sampled_from([TopK, Switch, ExpertChoice, Soft]),
+    losses=st.sampled_from([None, (), (ZLoss(), Importance())]),
+    layers=st.sampled_from(["every-2", "last-2", (1, 3)]),
+    source=st.sampled_from([Digits(), TFDS("mnist"), ImageFolder("images", train="a")]),
+    augment=st.sampled_from([(), (Shift(), RandomFlip()), (InceptionCrop(32),)]),
+    image_size=st.sampled_from([None, 32, (32, 48)]),
+    optimizer=st.sampled_from([AdamW, SGD]),
+    decay=st.sampled_from([Linear(), Cosine(end_lr=0.0), Rsqrt()]),
+    weight_decay=st.sampled_from([0.1, (("kernel", 0.1),)]),
+)
+def test_every_configuration_of_jmoe_survives_json(
+    k, factor, router, losses, layers, source, augment, image_size, optimizer, decay, weight_decay
+):
+    options = {TopK: {"k": k, "capacity_factor": factor}, ExpertChoice: {"capacity_factor": factor}}
+    moe = MoEConfig(num_experts=4, router=router(**options.get(router, {})), losses=losses, layers=layers)
+    for config in (
+        variant("S/16", moe=moe),
+        DataConfig(source, batch_size=k, augment=augment, image_size=image_size),
+        optimizer(peak_lr=factor, decay=decay, weight_decay=weight_decay),
+    ):
+        assert from_json(json.loads(json.dumps(to_json(config), allow_nan=False))) == config
 
 
 def test_the_class_is_saved_by_its_module_and_name():

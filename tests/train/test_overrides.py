@@ -1,6 +1,5 @@
 import dataclasses
 import math
-import sys
 from collections.abc import Callable
 from typing import Any, Literal
 
@@ -8,6 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+import jmoe
 from jmoe.errors import UserError
 from jmoe.train.overrides import apply_overrides, public_classes
 
@@ -258,7 +258,17 @@ def test_a_later_edit_wins_and_can_go_into_an_earlier_one():
         (
             "model.moe.router=Swich()",
             "There is no configuration class 'Swich' (from --set model.moe.router=Swich()). Did you mean 'Switch'? "
-            "The classes are: Flip, MoE, Model, Shift, Switch, TopK.",
+            "What fits here: Switch, TopK.",
+        ),
+        (
+            "data.augment=(Flop(),)",
+            "There is no configuration class 'Flop' (from --set data.augment=(Flop(),)). Did you mean 'Flip'? "
+            "What fits here: Flip, Shift.",
+        ),
+        (
+            "note=exit()",
+            "There is no configuration class 'exit' (from --set note=exit()). "
+            "What fits here: Flip, MoE, Model, Shift, Switch, TopK.",
         ),
         (
             "model.moe.router=Switch",
@@ -341,10 +351,47 @@ def test_nothing_is_evaluated(tmp_path):
     assert not target.exists()
 
 
-def test_by_default_the_dataclasses_of_jmoe_can_be_named(monkeypatch):
+def test_by_default_the_dataclasses_of_jmoe_can_be_named():
     classes = public_classes()
     assert classes
-    assert all(dataclasses.is_dataclass(cls) for cls in classes.values())
+    assert {"TopK", "Switch", "ExpertChoice", "Soft", "MoEConfig", "DataConfig", "Digits", "Shift"} <= set(classes)
     assert not any(name.startswith("_") for name in classes)
-    monkeypatch.setattr(sys.modules["jmoe"], "Switch", Switch, raising=False)
-    assert apply_overrides(Train(), ["model.moe.router=Switch(jitter=0.5)"]).model.moe.router == Switch(0.5)
+
+
+def test_the_options_of_jmoe_can_be_edited():
+    config = jmoe.models.vit.variant("B/16", moe=jmoe.MoEConfig(num_experts=8, router=jmoe.TopK(k=2)))
+    edited = apply_overrides(config, ["moe.router.capacity_factor=0.25", "moe.layers=(1, 3)", "image_size=[96,128]"])
+    assert edited == dataclasses.replace(
+        config,
+        image_size=(96, 128),
+        moe=dataclasses.replace(config.moe, layers=(1, 3), router=jmoe.TopK(k=2, capacity_factor=0.25)),
+    )
+    edited = apply_overrides(config, ["moe.router=ExpertChoice(capacity_factor=1)", "moe.losses=(ZLoss(),)"])
+    assert edited.moe.router == jmoe.ExpertChoice(capacity_factor=1.0)
+    assert edited.moe.losses == (jmoe.ZLoss(),)
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        (
+            "moe.router.k=9",
+            "TopK has k=9, but there are only num_experts=8. Choose k from 1 to 8. (from --set moe.router.k=9)",
+        ),
+        (
+            "moe.router.capacity_facto=2",
+            "TopK has no option 'capacity_facto' (from --set moe.router.capacity_facto=2). "
+            "Did you mean 'capacity_factor'? Its options are: k, capacity_factor, ",
+        ),
+        ("moe.router=Shift()", "MoEConfig.router must be a Router, not Shift() (from --set moe.router=Shift())."),
+        (
+            "moe.router=Topk()",
+            "There is no configuration class 'Topk' (from --set moe.router=Topk()). Did you mean 'TopK'? "
+            "What fits here: ExpertChoice, Soft, Switch, TopK.",
+        ),
+    ],
+)
+def test_a_mistake_in_the_options_of_jmoe_is_one_sentence(text, expected):
+    with pytest.raises(UserError) as error:
+        apply_overrides(jmoe.models.vit.variant("B/16", moe=jmoe.MoEConfig(num_experts=8)), [text])
+    assert str(error.value).startswith(expected)
