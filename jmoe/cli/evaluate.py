@@ -1,8 +1,8 @@
 """`jmoe evaluate`."""
 
 import argparse
+import dataclasses
 import json
-from collections.abc import Mapping
 
 from jmoe.cli import arguments
 
@@ -20,20 +20,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Evaluates, and prints the results by name."""
+    """Evaluates and prints the result."""
     from jmoe.train.experiment import load_experiment
 
     config = load_experiment(args.experiment, args.overrides)
 
-    from jmoe.evaluate.accuracy import evaluate_checkpoint
+    from jmoe.train.evaluation import evaluate_checkpoint
 
-    results = evaluate_checkpoint(config, args.workdir, step=args.step)
-    print(json.dumps(results) if args.json else as_text(results))
+    if any(override.startswith("model.moe") for override in args.overrides):
+        # What is asked for here wins over the router that the experiment has for evaluation.
+        config = dataclasses.replace(config, evaluate=dataclasses.replace(config.evaluate, router=None))
+    evaluation, step = evaluate_checkpoint(config, args.workdir, step=args.step)
+    print(json.dumps({"step": step} | evaluation.to_json()) if args.json else f"step             {step}\n{evaluation}")
     return 0
-
-
-def as_text(results: Mapping[str, object]) -> str:
-    """Returns one aligned line per result."""
-    width = max(map(len, results), default=0)
-    lines = [(name, f"{value:.6g}" if isinstance(value, float) else str(value)) for name, value in results.items()]
-    return "\n".join(f"{name:<{width}}  {value}" for name, value in lines)

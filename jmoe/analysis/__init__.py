@@ -1,0 +1,1 @@
+"""What a layer or a run costs and does."""

@@ -1,0 +1,128 @@
+"""Everything that decides a training run, as plain data."""
+
+import dataclasses
+from typing import Literal
+
+from jmoe.data import DataConfig, num_train_images
+from jmoe.models.vit import ViTConfig
+from jmoe.routing import Router
+from jmoe.train.optimizer import Optimizer
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class EvalConfig:
+    """When and how to evaluate.
+
+    Attributes:
+      every: steps between evaluations; None for ten in a run. The last step is always evaluated.
+      batch_size: images per step; None for that of training.
+      router: the router in evaluation, such as one with more capacity; None for the one of training.
+    """
+
+    every: int | None = None
+    batch_size: int | None = None
+    router: Router | None = None
+
+    def __post_init__(self):
+        for name in ("every", "batch_size"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ValueError(f"EvalConfig wants {name} of at least 1; it got {value}.")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class CheckpointConfig:
+    """When to save.
+
+    Attributes:
+      every: steps between checkpoints; None for ten in a run. The last step is always saved.
+      keep: how many checkpoints are kept.
+    """
+
+    every: int | None = None
+    keep: int = 2
+
+    def __post_init__(self):
+        for name in ("every", "keep"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ValueError(f"CheckpointConfig wants {name} of at least 1; it got {value}.")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TrainConfig:
+    """A training run: what an experiment file's get_config returns.
+
+    Attributes:
+      model: the network.
+      data: the images, and how many make a step.
+      optimizer: AdamW, SGD or Adafactor, with its learning rate.
+      epochs: passes over the training images, instead of steps.
+      steps: updates of the parameters, instead of epochs.
+      loss: softmax cross-entropy, or sigmoid summed over classes.
+      mixup: Dirichlet concentration of mixup; 0 for none.
+      accumulate: parts of a batch that are computed one after the other, with their gradients averaged.
+      ema_decay: of an exponential moving average of the parameters, which is then what is evaluated; None for none.
+      seed: of parameters, noise, dropout and the order of images.
+      evaluate: when and how.
+      checkpoint: when.
+      log_every: steps between lines of the log.
+    """
+
+    model: ViTConfig
+    data: DataConfig
+    optimizer: Optimizer
+    epochs: float | None = None
+    steps: int | None = None
+    loss: Literal["softmax", "sigmoid"] = "softmax"
+    mixup: float = 0.0
+    accumulate: int = 1
+    ema_decay: float | None = None
+    seed: int = 0
+    evaluate: EvalConfig = EvalConfig()
+    checkpoint: CheckpointConfig = CheckpointConfig()
+    log_every: int = 50
+
+    def __post_init__(self):
+        if (self.epochs is None) == (self.steps is None):
+            raise ValueError(f"TrainConfig wants epochs or steps, one of them; it got {self.epochs} and {self.steps}.")
+        length = self.epochs if self.steps is None else self.steps
+        if not length > 0:
+            raise ValueError(f"TrainConfig wants a run longer than nothing; it got {length} epochs or steps.")
+        if self.loss not in ("softmax", "sigmoid"):
+            raise ValueError(f"TrainConfig wants loss 'softmax' or 'sigmoid'; it got {self.loss!r}.")
+        if self.mixup < 0:
+            raise ValueError(f"TrainConfig wants mixup of at least 0; it got {self.mixup}.")
+        if self.ema_decay is not None and not 0 < self.ema_decay < 1:
+            raise ValueError(f"TrainConfig wants ema_decay between 0 and 1; it got {self.ema_decay}.")
+        if self.log_every < 1 or self.accumulate < 1:
+            raise ValueError(
+                f"TrainConfig wants log_every and accumulate of at least 1; it got {self.log_every}, {self.accumulate}."
+            )
+        if self.model.num_classes is None:
+            raise ValueError("TrainConfig wants a model with num_classes: a model without a head cannot be trained.")
+        batch = self.data.batch_size
+        if batch % self.accumulate:
+            raise ValueError(f"accumulate={self.accumulate} does not divide batch_size={batch}.")
+        self._check_groups(batch // self.accumulate)
+
+    def _check_groups(self, images: int) -> None:
+        """Raises ValueError if a group of tokens is larger than what is computed at once."""
+        moe = self.model.moe
+        if moe is None:
+            return
+        group = moe.group_size or (moe.images_per_group or images) * self.model.tokens
+        if group > images * self.model.tokens:
+            named = f"group_size={moe.group_size}" if moe.group_size else f"a group of {moe.images_per_group} images"
+            raise ValueError(
+                f"{named} is larger than the batch: {images} images of {self.model.tokens} tokens are routed at once. "
+                f"Use groups of at most {images} images, or a larger batch_size."
+            )
+
+
+def total_steps(config: TrainConfig) -> int:
+    """The length of the run in steps; epochs are rounded to the nearest step. Opens the dataset to count it."""
+    if config.steps is not None:
+        return config.steps
+    assert config.epochs is not None
+    return max(1, round(config.epochs * num_train_images(config.data) / config.data.batch_size))

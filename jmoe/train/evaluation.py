@@ -1,0 +1,64 @@
+"""Evaluating what a run has saved, as it was trained or under other options."""
+
+import dataclasses
+import os
+import pathlib
+from collections.abc import Callable
+
+import jax
+import optax
+
+from jmoe.data import test_batches
+from jmoe.errors import UserError
+from jmoe.evaluate.accuracy import Evaluation, make_evaluator
+from jmoe.train.checkpoint import Checkpointer
+from jmoe.train.config import TrainConfig
+from jmoe.train.state import TrainState, graph_of, initial_state
+from jmoe.train.step import LOSSES
+
+CHECKPOINTS = "checkpoints"
+
+
+def evaluator_of(config: TrainConfig) -> Callable[[TrainState], Evaluation]:
+    """Returns a function that evaluates a state on the test images, with the average of its parameters if it has one."""
+    moe, router = config.model.moe, config.evaluate.router
+    if moe is not None and router is not None:
+        model = dataclasses.replace(config.model, moe=dataclasses.replace(moe, router=router))
+        config = dataclasses.replace(config, model=model)
+    evaluate = make_evaluator(graph_of(config), LOSSES[config.loss])
+
+    def evaluator(state: TrainState) -> Evaluation:
+        params = state.params if state.average is None else state.average
+        batches = test_batches(config.data, batch_size=config.evaluate.batch_size)
+        return evaluate(batches, params, state.variables)
+
+    return evaluator
+
+
+def evaluate_checkpoint(
+    config: TrainConfig, workdir: str | os.PathLike[str], step: int | None = None
+) -> tuple[Evaluation, int]:
+    """Evaluates a checkpoint of a run with the options of config, which may differ from those it was trained with.
+
+    Args:
+      config: must describe a model with the same parameters; its router, say, may differ.
+      workdir: of the run.
+      step: of the checkpoint; None for the newest.
+
+    Returns:
+      the evaluation and the step.
+
+    Raises:
+      UserError: there is no such checkpoint, it is damaged, or it is of another model.
+    """
+    directory = pathlib.Path(workdir) / CHECKPOINTS
+    if not directory.is_dir():
+        raise UserError(f"{workdir} holds no checkpoints. Train first: jmoe train EXPERIMENT --workdir {workdir}")
+    # Only what is evaluated is restored, so that options of training may differ.
+    abstract = dataclasses.replace(jax.eval_shape(lambda: initial_state(config, optax.identity())), optimizer=None)
+    with Checkpointer(directory) as checkpointer:
+        if step is None:
+            state, _, step = checkpointer.restore_latest(abstract, partial=True)
+        else:
+            state, _ = checkpointer.restore(step, abstract, partial=True)
+    return evaluator_of(config)(state), step

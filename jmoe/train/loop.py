@@ -1,0 +1,243 @@
+"""The training loop: from a config and a work folder to a trained model, in named stages that read top to bottom."""
+
+import contextlib
+import dataclasses
+import errno
+import json
+import os
+import pathlib
+import time
+from collections.abc import Iterator
+from typing import Any
+
+import jax
+import numpy as np
+
+from jmoe.data import fingerprint, train_batches
+from jmoe.errors import Interrupted, UserError
+from jmoe.evaluate.accuracy import Evaluation
+from jmoe.train import workdir as folders
+from jmoe.train.checkpoint import Checkpointer
+from jmoe.train.config import TrainConfig, total_steps
+from jmoe.train.evaluation import CHECKPOINTS, evaluator_of
+from jmoe.train.log import MetricWriter, Progress
+from jmoe.train.signals import StopRequest
+from jmoe.train.state import graph_of, initial_state, make_optimizer
+from jmoe.train.step import Metrics, make_step
+
+SUMMARY = "summary.json"
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Summary:
+    """How a run ended.
+
+    Attributes:
+      workdir: where it is saved.
+      step: the last step.
+      evaluation: of the test images after that step.
+      seconds: of training and evaluation in the part of the run that finished it, compilation included.
+      resumed_from: the step that this part started from; None for a run in one part.
+      already_finished: whether there was nothing left to do.
+    """
+
+    workdir: str
+    step: int
+    evaluation: Evaluation
+    seconds: float
+    resumed_from: int | None = None
+    already_finished: bool = False
+
+    def __str__(self) -> str:
+        """What the command line prints at the end."""
+        how = ", before" if self.already_finished else f", in {self.seconds:.0f} s"
+        since = f", resumed from step {self.resumed_from}" if self.resumed_from is not None else ""
+        return f"finished         step {self.step}{how}{since}\n{self.evaluation}\nsaved in         {self.workdir}"
+
+
+def train(config: TrainConfig, workdir: str | os.PathLike[str]) -> Summary:
+    """Trains an experiment to its end, or goes on where the work folder left it.
+
+    The folder holds config.json, metrics.jsonl, TensorBoard's files, checkpoints/ and, at the end, summary.json. A run
+    that is interrupted and resumed ends with the same parameters, bit for bit, as one that is not.
+
+    Args:
+      config: the experiment.
+      workdir: a new folder, or that of the same experiment.
+
+    Raises:
+      UserError: something that the user can mend, in one sentence; what was saved is intact.
+      Interrupted: Ctrl-C or SIGTERM, after the state was saved.
+    """
+    try:
+        with StopRequest() as stop:
+            return _train(config, workdir, stop)
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        raise UserError(
+            f"There is no space left on the disk of {workdir}. What was saved before is intact: free some space and "
+            "run the same command again."
+        ) from error
+
+
+def _train(config: TrainConfig, workdir: str | os.PathLike[str], stop: StopRequest) -> Summary:
+    started = time.monotonic()
+    check_classes(config)
+    steps = total_steps(config)
+    position = {"seed": config.seed, "global_batch": config.data.batch_size, "fingerprint": fingerprint(config.data)}
+    path = folders.prepare(workdir, config)
+    if (path / SUMMARY).exists():
+        return _finished(path)
+
+    # Functions: the model without its arrays, the step, the evaluation.
+    optimizer = make_optimizer(config, steps)
+    graph = graph_of(config)
+    step_function = jax.jit(make_step(config, graph, optimizer, steps), donate_argnums=0)
+    evaluator = evaluator_of(config)
+    evaluate_every = config.evaluate.every or max(1, steps // 10)
+    save_every = config.checkpoint.every or max(1, steps // 10)
+
+    with contextlib.ExitStack() as stack:
+        checkpointer = stack.enter_context(Checkpointer(path / CHECKPOINTS, keep=config.checkpoint.keep))
+
+        # State: drawn anew, or that of the last checkpoint.
+        make_state = jax.jit(lambda: initial_state(config, optimizer))
+        start, resumed_from = 0, None
+        if checkpointer.latest() is None:
+            with readable(config):
+                state = make_state()
+        else:
+            state, saved, start = checkpointer.restore_latest(jax.eval_shape(make_state))
+            resumed_from = start
+            _check_position(path, saved, position)
+
+        writer = stack.enter_context(MetricWriter(path, resume_step=start))
+        batches = train_batches(config.data, seed=config.seed, start_step=start)
+        stack.callback(batches.close)
+        progress = stack.enter_context(Progress(steps, config.data.batch_size, start_step=start))
+        recent: list[Metrics] = []  # of the steps since the last line of the log, still on the device
+        evaluation = None
+
+        for step in range(start + 1, steps + 1):
+            batch = next(batches)
+            with readable(config):
+                check_images(config, batch)
+                state, metrics = step_function(state, {"image": batch["image"], "label": batch["label"]})
+            recent.append(metrics)
+            due = step == steps or stop.signum is not None
+            if due or step % config.log_every == 0 or step % save_every == 0 or step % evaluate_every == 0:
+                # Before anything is saved: a state that is not finite must not become the last good one.
+                values = mean_of(recent, step, path, checkpointer.latest())
+                writer.write(step, {f"train/{name}": value for name, value in values.items()})
+                progress.update(step, values["loss"])
+                recent = []
+            if step == steps or step % evaluate_every == 0:
+                evaluation = evaluator(state)
+                writer.write(step, _test_metrics(evaluation))
+                progress.print(f"step {step}: test accuracy {100 * evaluation.accuracy:.2f} %")
+            if due or step % save_every == 0:
+                checkpointer.save(step, state, position | {"step": step})
+            if stop.signum is not None and step < steps:
+                checkpointer.wait()
+                raise Interrupted(
+                    f"Stopped after step {step} of {steps}, saved in {path}. Run the same command to go on.",
+                    stop.signum,
+                )
+        checkpointer.wait()
+
+    if evaluation is None:  # the last checkpoint was complete, but the run ended before its summary was written
+        evaluation = evaluator(state)
+    summary = Summary(
+        workdir=str(path),
+        step=steps,
+        evaluation=evaluation,
+        seconds=time.monotonic() - started,
+        resumed_from=resumed_from,
+    )
+    _write_json(path / SUMMARY, dataclasses.asdict(summary))
+    return summary
+
+
+@contextlib.contextmanager
+def readable(config: TrainConfig) -> Iterator[None]:
+    """Turns what the layers raise while they are traced (a capacity without slots, say) into a sentence to the user."""
+    try:
+        yield
+    except UserError:
+        raise
+    except ValueError as error:
+        if config.model.moe is None or not str(error):
+            raise
+        raise UserError(str(error)) from error
+
+
+def check_classes(config: TrainConfig) -> None:
+    """Raises UserError unless the model has a class for every label of the dataset."""
+    classes = config.data.source.num_classes
+    if classes != config.model.num_classes:
+        raise UserError(
+            f"The dataset {config.data.source.name} has {classes} classes; the model has "
+            f"num_classes={config.model.num_classes}. Set model.num_classes={classes}."
+        )
+
+
+def check_images(config: TrainConfig, batch: dict[str, Any]) -> None:
+    """Raises UserError unless images are of the size that the model takes."""
+    wanted, came = (*config.model.image_size, config.model.channels), batch["image"].shape[1:]
+    if wanted != came:
+        raise UserError(
+            f"The dataset {config.data.source.name} has images of {came} (height, width, channels); the model takes "
+            f"{wanted}. Set data.image_size, or model.image_size and model.channels."
+        )
+
+
+def mean_of(recent: list[Metrics], step: int, path: pathlib.Path, saved: int | None) -> dict[str, float]:
+    """Fetches the metrics of the last steps, up to `step`, and returns their means.
+
+    Raises:
+      UserError: one of them is not finite; names the first step and metric where that happened.
+    """
+    fetched = jax.device_get(recent)
+    for i, metrics in enumerate(fetched):
+        for name, value in metrics.items():
+            if not np.isfinite(value):
+                kept = f"The last good checkpoint is that of step {saved}" if saved else "There is no checkpoint yet"
+                raise UserError(
+                    f"{name} is {value} at step {step - len(fetched) + 1 + i}. {kept} in {path}. Lower the learning "
+                    "rate or clip_norm, or look at the metrics of the steps before in metrics.jsonl."
+                )
+    return {name: float(np.mean([metrics[name] for metrics in fetched])) for name in fetched[0]}
+
+
+def _check_position(path: pathlib.Path, saved: dict[str, Any], position: dict[str, Any]) -> None:
+    """Raises UserError if the data is not what the run began with."""
+    for name, now in position.items():
+        if saved.get(name) != now:
+            raise UserError(
+                f"{path} was trained on other data: {name} was {saved.get(name)!r} and is {now!r}. Bring the dataset "
+                "back as it was, or choose another --workdir."
+            )
+
+
+def _test_metrics(evaluation: Evaluation) -> dict[str, Any]:
+    metrics = evaluation.to_json()
+    load = metrics.pop("expert_load")
+    metrics |= {f"block_{block}/expert_load": np.asarray(shares) for block, shares in load.items()}
+    return {f"test/{name}": value for name, value in metrics.items()}
+
+
+def _finished(path: pathlib.Path) -> Summary:
+    """The summary of a run that ended before."""
+    try:
+        saved = json.loads((path / SUMMARY).read_text())
+        return Summary(**saved | {"evaluation": Evaluation(**saved["evaluation"]), "already_finished": True})
+    except (ValueError, TypeError, KeyError) as error:
+        raise UserError(f"{path / SUMMARY} is damaged ({error}). Delete it to have the run evaluated again.") from error
+
+
+def _write_json(path: pathlib.Path, data: dict[str, Any]) -> None:
+    """Writes a file that is either there whole or not there."""
+    temporary = path.with_name(path.name + ".tmp")
+    temporary.write_text(json.dumps(data, indent=2) + "\n")
+    temporary.replace(path)

@@ -1,0 +1,55 @@
+"""The work folder of a run: which experiment it holds, and how far that came."""
+
+import json
+import os
+import pathlib
+from typing import Any
+
+from jmoe.errors import UserError
+from jmoe.train.config import TrainConfig
+from jmoe.train.config_json import differences, to_json
+
+CONFIG = "config.json"
+# What may change between the parts of a run without changing what it computes.
+_FREE = ("checkpoint", "evaluate", "log_every")
+
+
+def prepare(workdir: str | os.PathLike[str], config: TrainConfig) -> pathlib.Path:
+    """Makes the folder of a new run, or checks that it holds this one, and records the config.
+
+    Raises:
+      UserError: the folder holds another experiment (the message says what differs), or cannot be written.
+    """
+    path = pathlib.Path(workdir).absolute()
+    new = to_json(config)
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+        if (path / CONFIG).exists():
+            _check_same(path, new)
+        temporary = path / (CONFIG + ".tmp")
+        temporary.write_text(json.dumps(new, indent=2) + "\n")
+        temporary.replace(path / CONFIG)
+    except OSError as error:
+        raise UserError(
+            f"The work folder {workdir} cannot be written: {error.strerror or error}. Choose another --workdir."
+        ) from error
+    return path
+
+
+def _check_same(path: pathlib.Path, new: dict[str, Any]) -> None:
+    """Raises UserError if the folder holds the run of another config."""
+    try:
+        old = json.loads((path / CONFIG).read_text())
+    except ValueError as error:
+        raise UserError(f"{path / CONFIG} is damaged ({error}). Restore it, or choose another --workdir.") from error
+    changed = differences(_bound(old), _bound(new))
+    if changed:
+        raise UserError(
+            f"{path} holds another experiment: {'; '.join(changed[:5])}{' ...' if len(changed) > 5 else ''} "
+            "(there -> here). Choose another --workdir, or go back to the options it was started with."
+        )
+
+
+def _bound(config: Any) -> Any:
+    """The options that a run cannot change on the way."""
+    return {name: value for name, value in config.items() if name not in _FREE} if isinstance(config, dict) else config
