@@ -13,8 +13,7 @@ published by renaming its directory once all of that is on disk:
 Nothing is ever unpickled: the manifest is JSON and Orbax is given arrays only.
 """
 
-import errno
-import hashlib
+import contextlib
 import json
 import logging
 import os
@@ -22,7 +21,6 @@ import pathlib
 import re
 import shutil
 import threading
-from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -31,19 +29,14 @@ import numpy as np
 import orbax.checkpoint as ocp
 
 from jmoe.errors import UserError
+from jmoe.train import manifest
+from jmoe.train.manifest import UnreadableCheckpointError, reason
 from jmoe.train.paths import path_names
 
-_MANIFEST = "jmoe_manifest.json"
-_STATE = "state"
-_FORMAT = 1
+_STATE = "state"  # the part that Orbax writes
 _NAME = re.compile(r"(0|[1-9][0-9]*)(\.tmp|\.old\.tmp)?")
-_DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EIO)
 
 log = logging.getLogger(__name__)
-
-
-class UnreadableCheckpointError(UserError):
-    """A checkpoint that is damaged or cannot be read, as opposed to a sound one of another model."""
 
 
 class Checkpointer:
@@ -84,9 +77,9 @@ class Checkpointer:
         self.wait()
         arrays, leaves = _to_arrays(state)
         # Serialised and parsed again, so that later changes to metadata cannot reach what is written.
-        manifest = json.loads(
-            json.dumps({"format": _FORMAT, "step": step, "metadata": metadata, "leaves": leaves}, allow_nan=False)
-        )
+        content = json.loads(json.dumps({"step": step, "metadata": metadata, "leaves": leaves}, allow_nan=False))
+        with contextlib.suppress(Exception):
+            self._orbax.wait_until_finished()  # a save that was interrupted before its second half could start
         try:
             self.directory.mkdir(parents=True, exist_ok=True)
             for path in _unfinished(self.directory):
@@ -95,7 +88,7 @@ class Checkpointer:
             self._orbax.save(self._temporary(step) / _STATE, args=ocp.args.PyTreeSave(arrays))
         except Exception as error:
             raise self._failure(step, error) from error
-        self._thread = threading.Thread(target=self._finish, args=(step, manifest), name=f"checkpoint-{step}")
+        self._thread = threading.Thread(target=self._finish, args=(step, content), name=f"checkpoint-{step}")
         self._thread.start()
         if wait:
             self.wait()
@@ -134,13 +127,13 @@ class Checkpointer:
         path = self.directory / str(step)
         if step not in self.steps():
             raise UserError(f"There is no checkpoint of step {step} in {self.directory}, only of {self.steps()}.")
-        manifest = _read_manifest(path)
+        content = manifest.read(path)
         abstract_leaves, treedef = jax.tree.flatten(abstract_state)
         wanted = dict(zip(path_names(abstract_state), abstract_leaves, strict=True))
-        _check_same(path, manifest["leaves"], {name: _describe(leaf) for name, leaf in wanted.items()})
-        _check_files(path, manifest["files"])
-        arrays = self._read_arrays(path, manifest["leaves"], wanted)
-        return treedef.unflatten([arrays[name] for name in wanted]), manifest["metadata"]
+        manifest.check_leaves(path, content, {name: manifest.describe(leaf) for name, leaf in wanted.items()})
+        manifest.check_files(path, content)
+        arrays = self._read_arrays(path, content["leaves"], wanted)
+        return treedef.unflatten([arrays[name] for name in wanted]), content["metadata"]
 
     def restore_latest(self, abstract_state: Any) -> tuple[Any, dict, int]:
         """State, metadata and step of the last checkpoint that is sound; warns of each damaged one it passes over.
@@ -178,21 +171,12 @@ class Checkpointer:
                 raise
             log.error("%s", failure)  # the error that is already on its way says more
 
-    def _finish(self, step: int, manifest: dict) -> None:
+    def _finish(self, step: int, content: dict) -> None:
         """Second half of a save, in the background: checksums, manifest, publication, deletion of old checkpoints."""
         try:
             self._orbax.wait_until_finished()
             temporary, final = self._temporary(step), self.directory / str(step)
-            files = sorted(path for path in temporary.rglob("*") if path.is_file())
-            for file in files:
-                _flush_to_disk(file)
-            manifest["files"] = {
-                file.relative_to(temporary).as_posix(): {"bytes": file.stat().st_size, "sha256": _checksum(file)}
-                for file in files
-            }
-            document = json.dumps({"sha256": _digest(manifest), "manifest": manifest}, indent=1)
-            (temporary / _MANIFEST).write_text(document, encoding="utf-8")
-            _flush_to_disk(temporary / _MANIFEST)
+            manifest.write(temporary, content)
             if final.exists():
                 final.rename(self._outdated(step))
             temporary.rename(final)
@@ -214,7 +198,7 @@ class Checkpointer:
             for path in _unfinished(self.directory):
                 shutil.rmtree(path)
         except (OSError, UserError) as error:
-            log.warning("Old checkpoints in %s could not be deleted: %s.", self.directory, _reason(error))
+            log.warning("Old checkpoints in %s could not be deleted: %s.", self.directory, reason(error))
 
     def _read_arrays(self, path: pathlib.Path, leaves: dict[str, dict], wanted: dict[str, Any]) -> dict[str, jax.Array]:
         """Reads the arrays of a checkpoint whose manifest and files have been checked."""
@@ -225,7 +209,7 @@ class Checkpointer:
             arrays = self._orbax.restore(path / _STATE, args=args) if stored else {}
             return {name: _from_array(arrays.get(name), leaf, leaves[name].get("key")) for name, leaf in wanted.items()}
         except Exception as error:
-            raise UnreadableCheckpointError(f"Checkpoint {path} cannot be read: {_reason(error)}.") from error
+            raise UnreadableCheckpointError(f"Checkpoint {path} cannot be read: {reason(error)}.") from error
 
     def _temporary(self, step: int) -> pathlib.Path:
         return self.directory / f"{step}.tmp"
@@ -242,7 +226,7 @@ class Checkpointer:
             latest = None
         rest = "there is no earlier one" if latest is None else f"that of step {latest} is intact"
         return UserError(
-            f"The checkpoint of step {step} could not be saved in {self.directory}: {_reason(error)}; {rest}. "
+            f"The checkpoint of step {step} could not be saved in {self.directory}: {reason(error)}; {rest}. "
             "Free some space or choose another folder, and start again."
         )
 
@@ -258,7 +242,7 @@ def peek(directory: str | os.PathLike) -> dict:
     """
     for step in reversed(_complete(pathlib.Path(directory))):
         try:
-            return _read_manifest(pathlib.Path(directory) / str(step))
+            return manifest.read(pathlib.Path(directory) / str(step))
         except UnreadableCheckpointError as error:
             log.warning("%s The checkpoint before it is used instead.", error)
     raise UserError(f"There is no usable checkpoint in {directory}; train first, or name another folder.")
@@ -276,7 +260,7 @@ def _entries(directory: pathlib.Path) -> list[pathlib.Path]:
     except FileNotFoundError:
         return []
     except OSError as error:
-        raise UserError(f"The checkpoints in {directory} cannot be listed: {_reason(error)}.") from error
+        raise UserError(f"The checkpoints in {directory} cannot be listed: {reason(error)}.") from error
 
 
 def _complete(directory: pathlib.Path) -> list[int]:
@@ -288,15 +272,11 @@ def _unfinished(directory: pathlib.Path) -> list[pathlib.Path]:
 
 
 def _is_complete(path: pathlib.Path) -> bool:
-    return not path.suffix and (path / _MANIFEST).exists()
+    return not path.suffix and (path / manifest.NAME).exists()
 
 
 def _is_key(leaf: Any) -> bool:
     return jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key)
-
-
-def _describe(leaf: Any) -> dict:
-    return {"shape": list(leaf.shape), "dtype": str(leaf.dtype)}
 
 
 def _to_arrays(state: Any) -> tuple[dict[str, jax.Array], dict[str, dict]]:
@@ -305,7 +285,7 @@ def _to_arrays(state: Any) -> tuple[dict[str, jax.Array], dict[str, dict]]:
     for name, leaf in zip(path_names(state), jax.tree.leaves(state), strict=True):
         assert isinstance(leaf, jax.Array), f"{name} is {type(leaf)}; a state consists of JAX arrays"
         assert name not in leaves, f"two leaves of the state are called {name}"
-        leaves[name] = _describe(leaf)
+        leaves[name] = manifest.describe(leaf)
         if _is_key(leaf):
             leaves[name]["key"] = str(jax.random.key_impl(leaf))
         if leaf.size:
@@ -335,88 +315,6 @@ def _from_array(array: Any, leaf: Any, key: str | None) -> jax.Array:
         array = jnp.zeros(leaf.shape, leaf.dtype)
     elif not isinstance(array, jax.Array):
         array = jnp.array(array)  # not asarray, so that nobody else holds the memory
-    if _describe(array) != _describe(leaf):
-        raise ValueError(f"{_describe(array)} was read where {_describe(leaf)} was written")
+    if manifest.describe(array) != manifest.describe(leaf):
+        raise ValueError(f"{manifest.describe(array)} was read where {manifest.describe(leaf)} was written")
     return array if _sharding(leaf) is None else jax.device_put(array, _sharding(leaf))
-
-
-def _digest(manifest: dict) -> str:
-    return hashlib.sha256(json.dumps(manifest, sort_keys=True).encode()).hexdigest()
-
-
-def _checksum(file: pathlib.Path) -> str:
-    with open(file, "rb") as opened:
-        return hashlib.file_digest(opened, "sha256").hexdigest()
-
-
-def _flush_to_disk(file: pathlib.Path) -> None:
-    with open(file, "rb") as opened:
-        os.fsync(opened.fileno())
-
-
-def _read_manifest(path: pathlib.Path) -> dict:
-    try:
-        document = json.loads((path / _MANIFEST).read_bytes())
-        sound = document["sha256"] == _digest(document["manifest"])
-    except (OSError, ValueError, LookupError, TypeError, RecursionError):
-        sound = False
-    if not sound:
-        raise UnreadableCheckpointError(f"Checkpoint {path} is damaged: its {_MANIFEST} is not what was written.")
-    if document["manifest"]["format"] != _FORMAT:
-        raise UserError(f"Checkpoint {path} was written by a newer jmoe; update jmoe to read it.")
-    return document["manifest"]
-
-
-def _check_files(path: pathlib.Path, files: dict[str, dict]) -> None:
-    for name, expected in files.items():
-        try:
-            size = (path / name).stat().st_size
-            problem = f"has {size} bytes instead of {expected['bytes']}" if size != expected["bytes"] else None
-            if problem is None and _checksum(path / name) != expected["sha256"]:
-                problem = "is not what was written (its checksum differs)"
-        except FileNotFoundError:
-            problem = "is missing"
-        except OSError as error:
-            problem = f"cannot be read ({_reason(error)})"
-        if problem:
-            raise UnreadableCheckpointError(f"Checkpoint {path} is damaged: its file {name} {problem}.")
-
-
-def _check_same(path: pathlib.Path, saved: dict[str, dict], wanted: dict[str, dict]) -> None:
-    """Raises UserError unless the saved arrays are the wanted ones."""
-
-    def text(leaf: dict) -> str:
-        return f"{leaf['dtype']} ({', '.join(map(str, leaf['shape']))})"
-
-    def listed(names: set[str], show: Callable[[str], str]) -> str:
-        ordered = sorted(names, key=lambda name: (len(name), name))  # parameters before their optimizer state
-        more = f" and {len(names) - 3} more" if len(names) > 3 else ""
-        return ", ".join(show(name) for name in ordered[:3]) + more
-
-    different = {name for name in saved.keys() & wanted.keys() if text(saved[name]) != text(wanted[name])}
-    parts = []
-    if different:
-        parts.append(
-            "the checkpoint and the model have "
-            + listed(different, lambda name: f"{text(saved[name])} and {text(wanted[name])} at '{name}'")
-        )
-    if missing := wanted.keys() - saved.keys():
-        parts.append("the checkpoint lacks " + listed(missing, repr))
-    if unexpected := saved.keys() - wanted.keys():
-        parts.append("the model lacks " + listed(unexpected, repr))
-    if parts:
-        raise UserError(
-            f"Checkpoint {path} is of another model: {'; '.join(parts)}. "
-            "Use the experiment and the options it was written with, or another folder."
-        )
-
-
-def _reason(error: BaseException) -> str:
-    """What the operating system said, if it is in the error, else the start of its first line."""
-    if isinstance(error, OSError) and error.strerror:
-        return error.strerror
-    text = str(error)
-    for number in _DISK_ERRORS:
-        if os.strerror(number) in text:
-            return os.strerror(number)
-    return (text.splitlines() or [type(error).__name__])[0][:200].rstrip(".")
