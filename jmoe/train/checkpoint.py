@@ -110,13 +110,14 @@ class Checkpointer:
         """The last of `steps()`, or None."""
         return max(self.steps(), default=None)
 
-    def restore(self, step: int, abstract_state: Any) -> tuple[Any, dict]:
+    def restore(self, step: int, abstract_state: Any, *, partial: bool = False) -> tuple[Any, dict]:
         """The state and the metadata saved at a step.
 
         Args:
           step: one of `steps()`.
           abstract_state: arrays or `jax.ShapeDtypeStruct`s, in the structure of the state; those that have a sharding
             are restored with it, the others to the default device.
+          partial: whether the checkpoint may hold more than is asked for, which is then not read.
 
         Raises:
           UnreadableCheckpointError: a file is damaged or missing; the message names it.
@@ -130,13 +131,16 @@ class Checkpointer:
         content = manifest.read(path)
         abstract_leaves, treedef = jax.tree.flatten(abstract_state)
         wanted = dict(zip(path_names(abstract_state), abstract_leaves, strict=True))
-        manifest.check_leaves(path, content, {name: manifest.describe(leaf) for name, leaf in wanted.items()})
+        described = {name: manifest.describe(leaf) for name, leaf in wanted.items()}
+        manifest.check_leaves(path, content, described, partial=partial)
         manifest.check_files(path, content)
         arrays = self._read_arrays(path, content["leaves"], wanted)
         return treedef.unflatten([arrays[name] for name in wanted]), content["metadata"]
 
-    def restore_latest(self, abstract_state: Any) -> tuple[Any, dict, int]:
+    def restore_latest(self, abstract_state: Any, *, partial: bool = False) -> tuple[Any, dict, int]:
         """State, metadata and step of the last checkpoint that is sound; warns of each damaged one it passes over.
+
+        Arguments as in `restore`.
 
         Raises:
           UserError: there is no checkpoint, none is sound, or the last sound one is of another model.
@@ -145,7 +149,7 @@ class Checkpointer:
         problems = []
         for step in reversed(self.steps()):
             try:
-                return *self.restore(step, abstract_state), step
+                return *self.restore(step, abstract_state, partial=partial), step
             except UnreadableCheckpointError as error:
                 log.warning("%s The checkpoint before it is used instead.", error)
                 self._unusable.add(step)
@@ -205,7 +209,7 @@ class Checkpointer:
         stored = {name: leaf for name, leaf in wanted.items() if leaf.size}
         how = {name: _restore_args(leaf) for name, leaf in stored.items()}
         try:
-            args = ocp.args.PyTreeRestore(item=dict.fromkeys(stored, 0), restore_args=how)
+            args = ocp.args.PyTreeRestore(item=dict.fromkeys(stored, 0), restore_args=how, partial_restore=True)
             arrays = self._orbax.restore(path / _STATE, args=args) if stored else {}
             return {name: _from_array(arrays.get(name), leaf, leaves[name].get("key")) for name, leaf in wanted.items()}
         except Exception as error:

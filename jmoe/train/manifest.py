@@ -80,8 +80,11 @@ def describe(leaf: Any) -> dict:
     return {"shape": list(leaf.shape), "dtype": str(leaf.dtype)}
 
 
-def check_leaves(path: pathlib.Path, manifest: dict, wanted: Mapping[str, dict]) -> None:
-    """Raises UserError, naming the arrays that differ, unless names, shapes and dtypes are the wanted ones."""
+def check_leaves(path: pathlib.Path, manifest: dict, wanted: Mapping[str, dict], *, partial: bool = False) -> None:
+    """Raises UserError, naming the arrays that differ, unless names, shapes and dtypes are the wanted ones.
+
+    With `partial`, arrays that are not wanted are no difference.
+    """
     saved = manifest["leaves"]
 
     def text(leaf: dict) -> str:
@@ -101,7 +104,7 @@ def check_leaves(path: pathlib.Path, manifest: dict, wanted: Mapping[str, dict])
         )
     if missing := wanted.keys() - saved.keys():
         parts.append("the checkpoint lacks " + listed(missing, repr))
-    if unexpected := saved.keys() - wanted.keys():
+    if not partial and (unexpected := saved.keys() - wanted.keys()):
         parts.append("the model lacks " + listed(unexpected, repr))
     if parts:
         raise UserError(

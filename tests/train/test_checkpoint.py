@@ -502,3 +502,12 @@ def test_metadata_that_json_cannot_hold_is_refused_before_anything_is_written(tm
     with Checkpointer(tmp_path) as checkpointer, pytest.raises(ValueError, match="not JSON compliant"):
         checkpointer.save(1, {"w": jnp.ones(1)}, {"loss": float("nan")})
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_part_of_a_checkpoint_can_be_read(tmp_path):
+    with Checkpointer(tmp_path) as checkpointer:
+        checkpointer.save(1, {"params": jnp.arange(5.0), "optimizer": jnp.ones(3)}, {}, wait=True)
+        state, _ = checkpointer.restore(1, {"params": jax.ShapeDtypeStruct((5,), jnp.float32)}, partial=True)
+        with pytest.raises(UserError, match="the model lacks 'optimizer'"):
+            checkpointer.restore(1, {"params": jax.ShapeDtypeStruct((5,), jnp.float32)})
+    np.testing.assert_array_equal(state["params"], np.arange(5.0))
