@@ -3,6 +3,7 @@
 import collections.abc
 import dataclasses
 import difflib
+import inspect
 import pathlib
 import sys
 import types
@@ -86,8 +87,11 @@ def default(cls: type, option: str) -> Any:
 
 def annotation(cls: type, option: str) -> Any:
     """Returns the option's annotation, or Any where it names what only type checkers import."""
+    owner = next(base for base in cls.__mro__ if option in inspect.get_annotations(base))
+    # One option alone, and not through the class: a class that is marked no_type_check has no hints.
+    alone = types.SimpleNamespace(__annotations__={option: inspect.get_annotations(owner)[option]})
     try:
-        return typing.get_type_hints(cls).get(option, Any)
+        return typing.get_type_hints(alone, globalns=vars(sys.modules[owner.__module__]))[option]
     except NameError:
         return Any
 
@@ -189,7 +193,7 @@ def fits(value: Any, hint: Any) -> bool:
 def _members(cls: type) -> set[str]:
     """The names that a class and its bases define, leaving out what every class has."""
     bases = [base for base in cls.__mro__ if base not in (object, typing.Protocol, typing.Generic)]
-    return {name for base in bases for name in (*vars(base), *vars(base).get("__annotations__", {}))}
+    return {name for base in bases for name in (*vars(base), *inspect.get_annotations(base))}
 
 
 def _is_callable(hint: Any) -> bool:

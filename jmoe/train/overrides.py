@@ -16,9 +16,6 @@ from typing import Any
 
 from jmoe.errors import UserError
 from jmoe.train.config_json import EXPERIMENT
-from jmoe.train.config_json import differences as differences
-from jmoe.train.config_json import from_json as from_json
-from jmoe.train.config_json import to_json as to_json
 from jmoe.train.drafts import (
     ABSENT,
     Draft,
@@ -168,7 +165,9 @@ class _Edit:
                 return -number if isinstance(node.op, ast.USub) else number
             case ast.Name(id=word):
                 if word[0].isupper() and word.lower() not in _WORDS and word in self.classes():
-                    raise UserError(f"{word} is a class; write {word}() for its defaults (from {self.origin}).")
+                    raise UserError(
+                        f"{word} is a class; write it with its options, as {word}(...) (from {self.origin})."
+                    )
                 return _WORDS.get(word.lower(), word)
             case ast.Tuple() | ast.List():
                 values = [self._literal(element, element_hint(hint, i)) for i, element in enumerate(node.elts)]

@@ -7,7 +7,7 @@ from typing import Any, Literal, Optional
 import pytest
 
 from jmoe.errors import UserError
-from jmoe.train.drafts import Draft, MisfitError, build, describe, fit
+from jmoe.train.drafts import Draft, MisfitError, annotation, build, describe, fit
 
 
 @dataclasses.dataclass(frozen=True)
@@ -133,6 +133,19 @@ def test_a_draft_fits_where_the_class_it_will_build_fits():
 )
 def test_an_annotation_is_described_in_words(hint, words):
     assert describe(hint) == words
+
+
+@typing.no_type_check
+@dataclasses.dataclass(frozen=True)
+class Odd(Line):
+    next: "Odd | None" = None
+    only_for_checkers: "NotImported" = None  # noqa: F821
+
+
+def test_the_annotation_of_an_option_is_found_wherever_it_stands():
+    assert annotation(Odd, "next") == Odd | None
+    assert annotation(Odd, "slope") is float  # inherited
+    assert annotation(Odd, "only_for_checkers") is Any
 
 
 def test_drafts_are_built_from_the_inside_out():

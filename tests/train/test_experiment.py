@@ -4,8 +4,8 @@ import sys
 import pytest
 
 from jmoe.errors import UserError
-from jmoe.train.config_json import from_json, to_json
-from jmoe.train.experiment import load_config
+from jmoe.train.config_json import differences, from_json, to_json
+from jmoe.train.experiment import load_config, load_experiment
 
 
 @dataclasses.dataclass(frozen=True)
@@ -221,3 +221,39 @@ def test_a_wrong_override_says_where_it_came_from(tmp_path):
     assert sentence(write(tmp_path, "a.py", GOOD), "sed=1") == (
         "Config has no option 'sed' (from --set sed=1). Did you mean 'seed'? Its options are: seed, router."
     )
+
+
+TRAIN = """
+from jmoe.data import DataConfig, Digits
+from jmoe.models.vit import ViTConfig
+from jmoe.nn import MoEConfig
+from jmoe.train.config import TrainConfig
+from jmoe.train.optimizer import AdamW
+
+
+def get_config() -> TrainConfig:
+    return TrainConfig(
+        model=ViTConfig(
+            patch_size=2, width=8, depth=2, hidden_dim=16, num_heads=2, image_size=(8, 8), moe=MoEConfig()
+        ),
+        data=DataConfig(source=Digits(), batch_size=16),
+        optimizer=AdamW(peak_lr=1e-3),
+        epochs=2.0,
+    )
+"""
+
+
+def test_the_experiment_of_a_training_run_is_loaded_saved_and_edited(tmp_path):
+    path = write(tmp_path, "a.py", TRAIN)
+    config = load_experiment(path)
+    assert config.epochs == 2.0
+    assert from_json(to_json(config)) == config
+    edited = load_experiment(path, ["epochs=none", "steps=3", "evaluate.router=TopK(k=2, capacity_factor=4)"])
+    assert (edited.steps, edited.evaluate.router.capacity_factor) == (3, 4.0)
+    assert differences(to_json(config), to_json(edited))[:2] == ["epochs: 2.0 -> None", "steps: None -> 3"]
+
+
+def test_the_experiment_of_a_training_run_gives_a_train_config(tmp_path):
+    with pytest.raises(UserError) as error:
+        load_experiment(write(tmp_path, "a.py", GOOD))
+    assert str(error.value) == "get_config() of a.py must return a TrainConfig, not a Config."

@@ -8,6 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import jmoe
+import jmoe.data
 from jmoe.errors import UserError
 from jmoe.train.overrides import apply_overrides, public_classes
 
@@ -272,7 +273,7 @@ def test_a_later_edit_wins_and_can_go_into_an_earlier_one():
         ),
         (
             "model.moe.router=Switch",
-            "Switch is a class; write Switch() for its defaults (from --set model.moe.router=Switch).",
+            "Switch is a class; write it with its options, as Switch(...) (from --set model.moe.router=Switch).",
         ),
         (
             "model.moe.router=TopK(2)",
@@ -383,6 +384,7 @@ def test_the_options_of_jmoe_can_be_edited():
             "TopK has no option 'capacity_facto' (from --set moe.router.capacity_facto=2). "
             "Did you mean 'capacity_factor'? Its options are: k, capacity_factor, ",
         ),
+        ("image_size=[9]", "ViTConfig.image_size must be tuple[int, int], not [9] (from --set image_size=[9])."),
         ("moe.router=Shift()", "MoEConfig.router must be a Router, not Shift() (from --set moe.router=Shift())."),
         (
             "moe.router=Topk()",
@@ -395,3 +397,12 @@ def test_a_mistake_in_the_options_of_jmoe_is_one_sentence(text, expected):
     with pytest.raises(UserError) as error:
         apply_overrides(jmoe.models.vit.variant("B/16", moe=jmoe.MoEConfig(num_experts=8)), [text])
     assert str(error.value).startswith(expected)
+
+
+def test_the_source_of_the_data_can_be_another():
+    config = jmoe.data.DataConfig(jmoe.data.Digits(), batch_size=8)
+    assert apply_overrides(config, ["source=TFDS('mnist')"]).source == jmoe.data.TFDS("mnist")
+    with pytest.raises(UserError, match=r"DataConfig.source must be a Source, not Shift\(\)"):
+        apply_overrides(config, ["source=Shift()"])
+    with pytest.raises(UserError, match=r"What fits here: Digits, ImageFolder, TFDS\."):
+        apply_overrides(config, ["source=MNIST()"])
