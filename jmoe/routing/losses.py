@@ -5,7 +5,7 @@ its weight and scope, which is what a config holds. A group of padding alone has
 """
 
 import dataclasses
-from typing import Literal, Protocol
+from typing import Literal, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
@@ -17,6 +17,7 @@ from jmoe.routing.gating import Gating
 Scope = Literal["group", "global"]
 
 
+@runtime_checkable
 class Loss(Protocol):
     """What a config may hold as a loss: any frozen dataclass with these two."""
 

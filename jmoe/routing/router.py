@@ -1,12 +1,13 @@
 """What a router is: a frozen dataclass with these members. There is no base class to inherit."""
 
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 from jmoe.notation import Array, Bool, Float
 from jmoe.routing.decision import Decision
 from jmoe.routing.losses import Loss
 
 
+@runtime_checkable
 class Router(Protocol):
     """A router's fields are its options, its call is the algorithm."""
 
