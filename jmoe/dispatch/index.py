@@ -42,7 +42,7 @@ def assignments_by_token(routing: Routing) -> Int[Array, "N K"]:
     token = (routing.token + S * jnp.arange(G)[:, None]).reshape(-1)
     order = jnp.argsort(token, stable=True)  # assignments sorted by token
     owner = token[order]
-    rank = jnp.searchsorted(owner, jnp.arange(G * S))[:, None] + jnp.arange(K)  # [N, K]
+    rank = jnp.searchsorted(owner, jnp.arange(G * S))[:, None] + jnp.arange(K)[None]  # [N, K]
     mine = jnp.take(owner, rank, mode="fill", fill_value=G * S) == jnp.arange(G * S)[:, None]
     return jnp.where(mine, jnp.take(order, rank, mode="clip"), G * A)
 

@@ -32,7 +32,7 @@ def dispatch(x: Float[Array, "G S D"], routing: Routing) -> Ragged:
     G, S, D = x.shape
     key = sort_key(routing)
     slots, _, choice = row_index(routing, key)
-    sizes = jnp.sum(key[:, None] == jnp.arange(routing.num_experts), axis=0, dtype=jnp.int32)
+    sizes = jnp.sum(key[:, None] == jnp.arange(routing.num_experts)[None], axis=0, dtype=jnp.int32)
     return Ragged(rows=gather_rows(x.reshape(G * S, D), slots, choice), group_sizes=sizes)
 
 
