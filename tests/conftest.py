@@ -1,0 +1,12 @@
+"""Settings of every test."""
+
+import hypothesis
+import jax
+
+# Examples are few, because shapes are fixed and seeds vary, and the same on every run; compiling takes any time.
+hypothesis.settings.register_profile("quick", deadline=None, derandomize=True, max_examples=8)
+hypothesis.settings.register_profile("thorough", deadline=None, max_examples=200)
+hypothesis.settings.load_profile("quick")  # --hypothesis-profile=thorough looks for what the few do not find
+
+# Arrays of different rank do not broadcast unless someone wrote that they should: a missing axis is an error.
+jax.config.update("jax_numpy_rank_promotion", "raise")
