@@ -253,7 +253,7 @@ class VisionTransformer(nnx.Module):
         B, H, W, D = x.shape
         x = x.reshape(B, H * W, D)
         if config.positions == "sincos2d":
-            x += sincos2d(H, W, D).astype(x.dtype)
+            x += sincos2d(H, W, D)[None].astype(x.dtype)
         if config.pool == "token":
             cls = jnp.broadcast_to(self.cls[...].astype(x.dtype), (B, 1, D))
             x = jnp.concatenate([cls, x], axis=1)

@@ -37,8 +37,9 @@ class Mlp(nnx.Module):
         dtype = self.dtype or x.dtype
         keys = (None, None) if key is None else jax.random.split(key)
         w_in, b_in, w_out, b_out = (p[...].astype(dtype) for p in (self.w_in, self.b_in, self.w_out, self.b_out))
-        hidden = drop(gelu(x.astype(dtype) @ w_in + b_in), self.dropout, keys[0])
-        return drop(hidden @ w_out + b_out, self.dropout, keys[1])
+        ones = (None,) * (x.ndim - 1)
+        hidden = drop(gelu(x.astype(dtype) @ w_in + b_in[ones]), self.dropout, keys[0])
+        return drop(hidden @ w_out + b_out[ones], self.dropout, keys[1])
 
 
 class ExpertMlp(nnx.Module):

@@ -31,7 +31,8 @@ class PatchEmbedding(nnx.Module):
         H, W = patch_grid((Y, X), p)
         dtype = self.dtype or images.dtype
         squares = images.astype(dtype).reshape(B, H, p, W, p, channels)
-        return jnp.einsum("BHpWqc,pqcD->BHWD", squares, self.kernel[...].astype(dtype)) + self.bias[...].astype(dtype)
+        kernel, bias = self.kernel[...].astype(dtype), self.bias[...].astype(dtype)
+        return jnp.einsum("BHpWqc,pqcD->BHWD", squares, kernel) + bias[None, None, None]
 
 
 def patch_grid(image_size: tuple[int, int], patch_size: int) -> tuple[int, int]:
@@ -60,5 +61,5 @@ def sincos2d(H: int, W: int, D: int, temperature: float = 10_000.0) -> Float[Arr
         raise ValueError(f"sincos2d positions want a model width that is a multiple of 4, at least 8; it got {D}.")
     y, x = jnp.mgrid[:H, :W].reshape(2, -1)  # [T] each
     omega = jnp.exp(-math.log(temperature) * jnp.arange(D // 4) / (D // 4 - 1))
-    x, y = x[:, None] * omega, y[:, None] * omega  # [T, D / 4]
+    x, y = x[:, None] * omega[None], y[:, None] * omega[None]  # [T, D / 4]
     return jnp.concatenate([jnp.sin(x), jnp.cos(x), jnp.sin(y), jnp.cos(y)], axis=1)
