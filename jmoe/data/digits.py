@@ -14,7 +14,7 @@ import tempfile
 import numpy as np
 
 from jmoe.data.sources import InMemory, data_directory
-from jmoe.data.tfds_source import open_prepared
+from jmoe.data.tfds_source import first_line, open_prepared
 from jmoe.errors import UserError
 
 logger = logging.getLogger(__name__)
@@ -78,9 +78,9 @@ def prepare(data_dir: str) -> str:
                 os.rename(pathlib.Path(scratch, "digits", VERSION), final)
         finally:
             shutil.rmtree(scratch, ignore_errors=True)
-    except OSError as error:
+    except (OSError, RuntimeError) as error:  # RuntimeError is what ArrayRecord raises on a full disk
         raise UserError(
-            f"Cannot write the digits dataset to {data_dir} ({error.strerror or error}): name a folder that can be "
+            f"Cannot write the digits dataset to {data_dir} ({first_line(error)}): name a folder that can be "
             "written by data_dir or $JMOE_DATA_DIR."
         ) from error
     if not complete.exists():

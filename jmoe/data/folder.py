@@ -61,7 +61,13 @@ class ImageFolder:
             files = [files[i] for i in sorted(mixed[bounds])]
             if not files:
                 raise UserError(f"The slice {split!r} of {self.path} holds no images.")
-        return FolderRecords(os.path.join(self._root(), base), files, f"{self.name} ({split})", self.max_bad_fraction)
+        return FolderRecords(
+            folder=os.path.join(self._root(), base),
+            files=files,
+            name=f"{self.name} ({split})",
+            fingerprint=f"folder {split} {len(files)} {_digest(files)}",
+            max_bad_fraction=self.max_bad_fraction,
+        )
 
     def _root(self) -> str:
         return os.path.abspath(os.path.expanduser(self.path))
@@ -78,30 +84,34 @@ class ImageFolder:
             )
 
 
+@dataclasses.dataclass(frozen=True, eq=False, kw_only=True)
 class FolderRecords:
-    """The files of one split. See `RandomAccess`."""
+    """The files of one split. See `RandomAccess`.
 
-    def __init__(self, folder: str, files: list[tuple[str, int]], name: str, max_bad_fraction: float):
-        self.name = name
-        self.max_bad_fraction = max_bad_fraction
-        self._folder = folder
-        self._files = files  # (path below the folder, label)
-        digest = hashlib.sha256("\0".join(path for path, _ in files).encode()).hexdigest()[:16]
-        self.fingerprint = f"folder {name} {len(files)} {digest}"
+    Attributes:
+      folder: the folder of the split.
+      files: of each record, its path below that folder and its label.
+    """
+
+    folder: str
+    files: list[tuple[str, int]]
+    name: str
+    fingerprint: str
+    max_bad_fraction: float
 
     def __len__(self) -> int:
-        return len(self._files)
+        return len(self.files)
 
     def __getitem__(self, index: int) -> Record:
-        path, label = self._files[index]
+        path, label = self.files[index]
         try:
-            data = pathlib.Path(self._folder, path).read_bytes()
+            data = pathlib.Path(self.folder, path).read_bytes()
             return Record(image=decode_image(data), label=label)
         except (DecodeError, OSError) as error:
             raise BadRecordError(f"{self.describe(index)} cannot be read as an image: {error}.") from error
 
     def describe(self, index: int) -> str:
-        return os.path.join(self._folder, self._files[index][0])
+        return os.path.join(self.folder, self.files[index][0])
 
 
 def parse_split(split: str) -> tuple[str, str | None, str | None]:
@@ -114,6 +124,11 @@ def parse_split(split: str) -> tuple[str, str | None, str | None]:
     if not matched:
         raise UserError(f"{split!r} is not a split of a folder: write a name, or a slice such as 'train[:90%]'.")
     return matched[1], matched[2], matched[3]
+
+
+def _digest(files: list[tuple[str, int]]) -> str:
+    """Of the files' paths, which hold the classes; not of their contents, which would mean reading them all."""
+    return hashlib.sha256("\0".join(path for path, _ in files).encode()).hexdigest()[:16]
 
 
 def _boundary(bound: str | None, count: int) -> int | None:

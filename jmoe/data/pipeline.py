@@ -74,16 +74,20 @@ class Batches(Iterator[dict[str, np.ndarray]]):
                 flags.FLAGS.mark_as_parsed()  # grain reads a flag of its own, and fails in programs without absl's main
             options = grain.MultiprocessingOptions(num_workers=num_workers, per_worker_buffer_size=2)
             dataset = dataset.mp_prefetch(options, worker_init_fn=_start_worker)
-        self._iterator: Any = iter(dataset)
-        self._finalizer = weakref.finalize(self, self._iterator.close)  # at the latest when the program ends
+        self._open: list[Any] = [iter(dataset)]  # empty once closed
+        weakref.finalize(self, _close, self._open)  # at the latest when the program ends
 
     def __next__(self) -> dict[str, np.ndarray]:
-        if self._iterator is None:
+        if not self._open:
             raise StopIteration
         try:
-            batch = next(self._iterator)
-        except BaseException:  # StopIteration, or an error after which there is nothing more to read
+            batch = next(self._open[0])
+        except BaseException as error:  # StopIteration, or an error after which there is nothing more to read
             self.close()
+            if isinstance(error, RuntimeError) and "process was terminated" in str(error):
+                raise UserError(
+                    "A process that reads data was killed, perhaps for lack of memory: try a smaller num_workers."
+                ) from error
             raise
         for sentence in batch.pop("bad"):
             if sentence not in self.bad:
@@ -95,8 +99,7 @@ class Batches(Iterator[dict[str, np.ndarray]]):
 
     def close(self) -> None:
         """Ends the background thread or the worker processes; there are no more batches then."""
-        self._finalizer()
-        self._iterator = None
+        _close(self._open)
 
 
 def train_batches(
@@ -212,7 +215,7 @@ class _BatchMaker:
     the digits.
     """
 
-    records: Any  # a RandomAccess; run-time checks of a protocol would ask for all its members
+    records: RandomAccess
     num_classes: int
     batch_size: int
     image_size: int | tuple[int, int] | None
@@ -350,6 +353,12 @@ def _check_bad(records: RandomAccess, bad: list[str]) -> None:
         f"At least {len(bad)} of the {len(records)} files of {records.name} cannot be read as images, more than the "
         f"max_bad_fraction={records.max_bad_fraction} allowed: remove or repair them. The first: {' '.join(bad[:3])}"
     )
+
+
+def _close(iterators: list[Any]) -> None:
+    """Closes and forgets: grain's iterators clean up once more when deleted, which fails at the end of a program."""
+    while iterators:
+        iterators.pop().close()
 
 
 def _start_worker(index: int, count: int) -> None:

@@ -3,7 +3,7 @@
 import dataclasses
 import os
 import pathlib
-from typing import Protocol, TypedDict
+from typing import Protocol, TypedDict, runtime_checkable
 
 import numpy as np
 from jaxtyping import Int, UInt8
@@ -18,6 +18,7 @@ class Record(TypedDict):
     label: int
 
 
+@runtime_checkable
 class RandomAccess(Protocol):
     """The records of one split, in a fixed order.
 

@@ -1,12 +1,14 @@
 """Datasets of TensorFlow Datasets, prepared as ArrayRecord and read by random access, without TensorFlow."""
 
 import bisect
+import contextlib
 import dataclasses
 import functools
 import hashlib
 import itertools
 import os
 import pathlib
+import sys
 from typing import Any
 
 from jmoe.data.decode import DecodeError, decode_image
@@ -84,7 +86,7 @@ class ArrayRecords:
             return Record(image=decode_image(record["image"], self._channels), label=int(record["label"]))
         except (RuntimeError, DecodeError) as error:  # RuntimeError is what ArrayRecord raises on a wrong checksum
             raise BadRecordError(
-                f"{self.describe(index)} is damaged ({_first_line(error)}): restore the file, or delete "
+                f"{self.describe(index)} is damaged ({first_line(error)}): restore the file, or delete "
                 f"{self._arguments[0]} and prepare the dataset again."
             ) from error
 
@@ -129,7 +131,7 @@ def open_prepared(builder: Any, split: str, dataset: str) -> ArrayRecords:
             found = reader.num_records()
             reader.close()
         except (RuntimeError, OSError) as error:
-            found = _first_line(error)
+            found = first_line(error)
         if found != shard.examples_in_shard:
             raise UserError(
                 f"{shard.filename} of {dataset} is missing or damaged ({shard.examples_in_shard} records expected, "
@@ -151,8 +153,9 @@ def _find_or_prepare(name: str, data_dir: str | None) -> Any:
     except Exception as error:  # damaged metadata comes as any of JSON's, protobuf's and TFDS's own errors
         raise _cannot_prepare(name, data_dir, error) from error
     try:
-        builder = tfds.builder(name, data_dir=data_dir, file_format="array_record")
-        builder.download_and_prepare()
+        with contextlib.redirect_stdout(sys.stderr):  # what it reports is not the output of our command
+            builder = tfds.builder(name, data_dir=data_dir, file_format="array_record")
+            builder.download_and_prepare()
     except Exception as error:  # TFDS passes on whatever the network, the disk or the builder's own code raised
         raise _cannot_prepare(name, data_dir, error) from error
     return builder
@@ -164,7 +167,7 @@ def _cannot_prepare(name: str, data_dir: str | None, error: Exception) -> UserEr
     folder = data_dir or DATA_DIR
     return UserError(
         f"The dataset {name!r} is not prepared in {folder} and could not be prepared here "
-        f"({type(error).__name__}: {_first_line(error)}). Prepare it where TensorFlow and the network are, with "
+        f"({type(error).__name__}: {first_line(error)}). Prepare it where TensorFlow and the network are, with "
         f"`tfds build {name} --file_format=array_record --data_dir={folder}`, or name the folder that has it by "
         "data_dir or $JMOE_DATA_DIR."
     )
@@ -181,7 +184,7 @@ def _label_feature(builder: Any, dataset: str) -> Any:
     return label
 
 
-def _first_line(error: Exception) -> str:
+def first_line(error: Exception) -> str:
     """What an error says, cut to one line that fits into a sentence."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     return lines[0][:200].rstrip(".") if lines else type(error).__name__
