@@ -2,6 +2,8 @@
 
 import hypothesis
 import jax
+import jaxtyping
+import pytest
 
 # Examples are few, because shapes are fixed and seeds vary, and the same on every run; compiling takes any time.
 hypothesis.settings.register_profile("quick", deadline=None, derandomize=True, max_examples=8)
@@ -10,3 +12,9 @@ hypothesis.settings.load_profile("quick")  # --hypothesis-profile=thorough looks
 
 # Arrays of different rank do not broadcast unless someone wrote that they should: a missing axis is an error.
 jax.config.update("jax_numpy_rank_promotion", "raise")
+
+
+@pytest.fixture
+def untyped(monkeypatch):
+    """Turns jaxtyping's checks off, as they are for users: then it is our own sentence that refuses an argument."""
+    monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)
