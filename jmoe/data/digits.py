@@ -104,7 +104,8 @@ def _load(data_dir: str, split: str) -> InMemory:
     try:
         builder = tfds.builder_from_directory(directory)
     except Exception as error:  # damaged metadata comes as any of JSON's, protobuf's and TFDS's own errors
-        raise UserError(f"{directory} is damaged ({error}): delete it, and it is prepared again.") from error
+        reason = f"{type(error).__name__}: {first_line(error)}"
+        raise UserError(f"Cannot open {directory} ({reason}): if damaged, delete it, and a run prepares it.") from error
     records = open_prepared(builder, split, "digits")
     examples = [records[index] for index in range(len(records))]
     images = np.stack([example["image"] for example in examples])

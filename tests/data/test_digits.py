@@ -165,5 +165,5 @@ def test_damaged_metadata_are_found(tmp_path):
     source = Digits(data_dir=os.fspath(tmp_path))
     source.open("test")
     (tmp_path / "digits" / "1.0.0" / "dataset_info.json").write_text("{ not JSON")
-    with pytest.raises(UserError, match=r"digits/1.0.0 is damaged .*: delete it, and it is prepared again"):
+    with pytest.raises(UserError, match=r"Cannot open .*/digits/1.0.0 \(ParseError: .*\): if damaged, delete it"):
         source.open("train")
