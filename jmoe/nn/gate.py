@@ -45,7 +45,7 @@ class SlotGate(nnx.Module):
     """One logit per slot of every expert: a scaled cosine of token and slot (Soft MoE, 2308.00951, section 2.3)."""
 
     def __init__(self, D: int, num_experts: int, *, slots_per_expert: int, noise_std: float = 0.0, rngs: nnx.Rngs):
-        """Makes mu [D, E, P], drawn LeCun-normal, and the scalar scale, 1.
+        """Makes mu [D, E, P], drawn with variance 1 / (D * E), and the scalar scale, 1.
 
         Args:
           D: model width.
@@ -55,8 +55,8 @@ class SlotGate(nnx.Module):
           rngs: its stream "params" is used.
         """
         shape = (D, num_experts, slots_per_expert)
-        init = nnx.initializers.lecun_normal(in_axis=0, out_axis=(1, 2))
-        self.mu = nnx.Param(init(rngs.params(), shape, jnp.float32))
+        # As published, the fan-in counts D * E. Scale does not change the logits, but how fast mu turns.
+        self.mu = nnx.Param(nnx.initializers.lecun_normal()(rngs.params(), shape, jnp.float32))
         self.scale = nnx.Param(jnp.ones((), jnp.float32))
         self.sigma = noise_std
 
