@@ -45,9 +45,12 @@ def name(router) -> str:
     return f"{type(router).__name__}({', '.join(f'{option}={getattr(router, option)!r}' for option in changed)})"
 
 
+QUICK = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}  # for LLVM; XLA's are the same
+
+
 def compiled(function):
-    """Compiles for each router and fetches what comes out, as NumPy arrays: comparing them then compiles nothing."""
-    jitted = jax.jit(function, static_argnums=0)
+    """Compiles for each first argument, and fetches what comes out as NumPy arrays: comparing them compiles nothing."""
+    jitted = jax.jit(function, static_argnums=0, compiler_options=QUICK)
     return functools.wraps(function)(lambda *arguments: jax.device_get(jitted(*arguments)))
 
 

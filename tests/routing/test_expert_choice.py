@@ -6,10 +6,10 @@ from hypothesis import given
 
 from jmoe.routing import ExpertChoice
 from tests.routing import oracle
-from tests.routing.routers import kept_places, seeds, weights_of
+from tests.routing.routers import compiled, kept_places, seeds, weights_of
 
 G, S, E = 2, 13, 5
-compiled = jax.jit(lambda router, gates, mask: router(gates, mask=mask), static_argnums=0)
+route = compiled(lambda router, gates, mask: router(gates, mask=mask))
 
 
 @given(seed=seeds)
@@ -17,7 +17,7 @@ def test_each_expert_takes_the_tokens_it_gates_highest(seed):
     rng = np.random.default_rng(seed)
     gates = (rng.integers(0, 9, size=(G, S, E)) / 8).astype(np.float32)  # with ties
     mask = rng.uniform(size=(G, S)) < rng.uniform()  # sometimes fewer real tokens than slots
-    routing = compiled(ExpertChoice(capacity_factor=1.5), gates, mask)
+    routing = route(ExpertChoice(capacity_factor=1.5), gates, mask)
     assert routing.capacity == 4  # 13 * 1.5 / 5 = 3.9
     assert weights_of(routing) == oracle.expert_choice(gates, 4, mask)
 

@@ -9,7 +9,7 @@ from hypothesis import given
 from jmoe.routing import Importance, Load, TopK
 from jmoe.routing.top_k import first_free_slots
 from tests.routing import oracle
-from tests.routing.routers import kept_places, seeds, weights_of
+from tests.routing.routers import compiled, kept_places, seeds, weights_of
 
 G, S, E = 2, 13, 5
 ORDERS = {
@@ -17,7 +17,7 @@ ORDERS = {
     "batch priority by max": {"batch_priority": True},
     "batch priority by sum": {"batch_priority": True, "priority": "sum"},
 }
-compiled = jax.jit(lambda router, gates, mask: router(gates, mask=mask), static_argnums=0)
+route = compiled(lambda router, gates, mask: router(gates, mask=mask))
 
 
 def random_gates(seed):
@@ -37,7 +37,7 @@ def kept_tokens(routing):
 def test_slots_are_given_as_by_loops_over_choices_and_tokens(order, k, capacity, seed):
     gates = random_gates(seed)
     mask = np.random.default_rng(seed).uniform(size=(G, S)) < 0.8
-    routing = compiled(TopK(k=k, capacity_factor=None, capacity=capacity, **order), gates, mask)
+    routing = route(TopK(k=k, capacity_factor=None, capacity=capacity, **order), gates, mask)
     kept, wanted = oracle.top_k(gates, k, capacity, mask=mask, **order)
     assert weights_of(routing) == kept
     np.testing.assert_array_equal(np.asarray(routing.expert).reshape(G, S, k), wanted)
