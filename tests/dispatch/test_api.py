@@ -1,0 +1,50 @@
+import jax.numpy as jnp
+import pytest
+
+from jmoe.dispatch import combine, dispatch, resolve
+from jmoe.routing import ExpertChoice, Soft, TopK
+
+GATES = jnp.full((2, 7, 5), 0.2)
+
+
+def test_auto_means_gather_with_a_capacity_and_ragged_without():
+    assert resolve("auto", TopK(k=2, capacity_factor=0.5)(GATES)) == "gather"
+    assert resolve("auto", TopK(k=2, capacity_factor=None)(GATES)) == "ragged"
+    assert resolve("auto", ExpertChoice(capacity_factor=5.0)(GATES)) == "gather"  # its slots are all full
+
+
+def test_a_named_method_is_what_runs():
+    routing = TopK(k=2)(GATES)
+    for method in ("einsum", "gather", "ragged"):
+        assert resolve(method, routing) == method
+
+
+def test_a_mixing_always_goes_by_einsum():
+    mixing = Soft()(GATES[..., None])
+    for method in ("auto", "einsum", "gather"):
+        assert resolve(method, mixing) == "einsum"
+
+
+@pytest.mark.usefixtures("untyped")
+def test_an_unknown_method_is_refused():
+    sentence = r"^There is no dispatch method 'scatter'; use one of 'auto', 'einsum', 'gather', 'ragged'\.$"
+    routing = TopK(k=2)(GATES)
+    with pytest.raises(ValueError, match=sentence):
+        dispatch(jnp.ones((2, 7, 3)), routing, "scatter")
+    with pytest.raises(ValueError, match=sentence):
+        combine(jnp.ones((2, 5, 4, 3)), routing, "scatter")
+
+
+def test_a_mixing_without_slots_is_refused():
+    mixing = Soft()(GATES[..., None])
+    with pytest.raises(ValueError, match=r"^A soft router mixes tokens in fixed slots, which 'ragged' does not have"):
+        dispatch(jnp.ones((2, 7, 3)), mixing, "ragged")
+
+
+@pytest.mark.parametrize("decision", [TopK(k=2)(GATES), Soft()(GATES[..., None])], ids=["routing", "mixing"])
+@pytest.mark.parametrize("shape", [(2, 6), (1, 7)])
+def test_tokens_of_another_decision_are_refused(decision, shape):
+    groups, tokens = shape
+    with pytest.raises(ValueError, match="dispatch got x with") as error:
+        dispatch(jnp.ones((*shape, 3)), decision)
+    assert str(error.value) == (f"dispatch got x with {groups} groups of {tokens} tokens; the decision is of 2 of 7.")
