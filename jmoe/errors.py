@@ -10,7 +10,7 @@ class UserError(ValueError):
     exit_code: int = 2
 
 
-class Interrupted(UserError):
+class InterruptedRunError(UserError):
     """A run was asked to stop and has saved its state; the exit status is that of a process ended by the signal."""
 
     def __init__(self, message: str, signum: int):

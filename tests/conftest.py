@@ -1,5 +1,8 @@
 """Settings of every test."""
 
+import os
+import tempfile
+
 import hypothesis
 import jax
 import jaxtyping
@@ -12,6 +15,14 @@ hypothesis.settings.load_profile("quick")  # --hypothesis-profile=thorough looks
 
 # Arrays of different rank do not broadcast unless someone wrote that they should: a missing axis is an error.
 jax.config.update("jax_numpy_rank_promotion", "raise")
+
+# Runs of the same program compile it once for the session, also in other processes of it. Kept in the environment, so
+# that pytest's workers and programs that tests start share it.
+if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
+    os.environ["JAX_COMPILATION_CACHE_DIR"] = tempfile.mkdtemp(prefix="jmoe-tests-")
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.2")
+jax.config.update("jax_compilation_cache_dir", os.environ["JAX_COMPILATION_CACHE_DIR"])
+jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
 
 
 @pytest.fixture

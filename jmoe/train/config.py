@@ -72,7 +72,7 @@ class TrainConfig:
     model: ViTConfig
     data: DataConfig
     optimizer: Optimizer
-    epochs: float | None = None
+    epochs: int | float | None = None
     steps: int | None = None
     loss: Literal["softmax", "sigmoid"] = "softmax"
     mixup: float = 0.0

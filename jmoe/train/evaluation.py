@@ -1,5 +1,6 @@
 """Evaluating what a run has saved, as it was trained or under other options."""
 
+import contextlib
 import dataclasses
 import os
 import pathlib
@@ -20,7 +21,7 @@ CHECKPOINTS = "checkpoints"
 
 
 def evaluator_of(config: TrainConfig) -> Callable[[TrainState], Evaluation]:
-    """Returns a function that evaluates a state on the test images, with the average of its parameters if it has one."""
+    """Returns a function that evaluates a state on the test images, with its averaged parameters if it has them."""
     moe, router = config.model.moe, config.evaluate.router
     if moe is not None and router is not None:
         model = dataclasses.replace(config.model, moe=dataclasses.replace(moe, router=router))
@@ -29,8 +30,8 @@ def evaluator_of(config: TrainConfig) -> Callable[[TrainState], Evaluation]:
 
     def evaluator(state: TrainState) -> Evaluation:
         params = state.params if state.average is None else state.average
-        batches = test_batches(config.data, batch_size=config.evaluate.batch_size)
-        return evaluate(batches, params, state.variables)
+        with contextlib.closing(test_batches(config.data, batch_size=config.evaluate.batch_size)) as batches:
+            return evaluate(batches, params, state.variables)
 
     return evaluator
 

@@ -14,7 +14,7 @@ import jax
 import numpy as np
 
 from jmoe.data import fingerprint, train_batches
-from jmoe.errors import Interrupted, UserError
+from jmoe.errors import InterruptedRunError, UserError
 from jmoe.evaluate.accuracy import Evaluation
 from jmoe.train import workdir as folders
 from jmoe.train.checkpoint import Checkpointer
@@ -38,6 +38,7 @@ class Summary:
       evaluation: of the test images after that step.
       seconds: of training and evaluation in the part of the run that finished it, compilation included.
       resumed_from: the step that this part started from; None for a run in one part.
+      damaged_images: training images that this part could not read, and took others for.
       already_finished: whether there was nothing left to do.
     """
 
@@ -46,13 +47,17 @@ class Summary:
     evaluation: Evaluation
     seconds: float
     resumed_from: int | None = None
+    damaged_images: int = 0
     already_finished: bool = False
 
     def __str__(self) -> str:
         """What the command line prints at the end."""
         how = ", before" if self.already_finished else f", in {self.seconds:.0f} s"
         since = f", resumed from step {self.resumed_from}" if self.resumed_from is not None else ""
-        return f"finished         step {self.step}{how}{since}\n{self.evaluation}\nsaved in         {self.workdir}"
+        lines = [f"finished         step {self.step}{how}{since}", str(self.evaluation)]
+        if self.damaged_images:
+            lines.append(f"damaged images   {self.damaged_images}, replaced by others; the log names them")
+        return "\n".join([*lines, f"saved in         {self.workdir}"])
 
 
 def train(config: TrainConfig, workdir: str | os.PathLike[str]) -> Summary:
@@ -67,7 +72,7 @@ def train(config: TrainConfig, workdir: str | os.PathLike[str]) -> Summary:
 
     Raises:
       UserError: something that the user can mend, in one sentence; what was saved is intact.
-      Interrupted: Ctrl-C or SIGTERM, after the state was saved.
+      InterruptedRunError: Ctrl-C or SIGTERM, after the state was saved.
     """
     try:
         with StopRequest() as stop:
@@ -140,7 +145,7 @@ def _train(config: TrainConfig, workdir: str | os.PathLike[str], stop: StopReque
                 checkpointer.save(step, state, position | {"step": step})
             if stop.signum is not None and step < steps:
                 checkpointer.wait()
-                raise Interrupted(
+                raise InterruptedRunError(
                     f"Stopped after step {step} of {steps}, saved in {path}. Run the same command to go on.",
                     stop.signum,
                 )
@@ -154,6 +159,7 @@ def _train(config: TrainConfig, workdir: str | os.PathLike[str], stop: StopReque
         evaluation=evaluation,
         seconds=time.monotonic() - started,
         resumed_from=resumed_from,
+        damaged_images=len(batches.bad),
     )
     _write_json(path / SUMMARY, dataclasses.asdict(summary))
     return summary
@@ -200,11 +206,12 @@ def mean_of(recent: list[Metrics], step: int, path: pathlib.Path, saved: int | N
     """
     fetched = jax.device_get(recent)
     for i, metrics in enumerate(fetched):
-        for name, value in metrics.items():
-            if not np.isfinite(value):
+        # The parts of the loss first, then their sum and its gradient: what went wrong, before what followed from it.
+        for name in sorted(metrics, key=lambda name: (not name.startswith("loss/"), name != "loss", name)):
+            if not np.isfinite(metrics[name]):
                 kept = f"The last good checkpoint is that of step {saved}" if saved else "There is no checkpoint yet"
                 raise UserError(
-                    f"{name} is {value} at step {step - len(fetched) + 1 + i}. {kept} in {path}. Lower the learning "
+                    f"{name} is {metrics[name]} at step {step - len(fetched) + 1 + i}. {kept} in {path}. Lower the learning "
                     "rate or clip_norm, or look at the metrics of the steps before in metrics.jsonl."
                 )
     return {name: float(np.mean([metrics[name] for metrics in fetched])) for name in fetched[0]}

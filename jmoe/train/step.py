@@ -26,8 +26,8 @@ def make_step(
 ) -> Callable[[TrainState, Batch], tuple[TrainState, Metrics]]:
     """Returns (state, batch) -> (state, metrics), to be jitted with the state donated.
 
-    The metrics are scalars, in the order in which a number that is not finite would appear first: "loss" (task and
-    auxiliary), "loss/...", "gradient_norm", then "learning_rate", "accuracy" and those of the routers.
+    The metrics are scalars: "loss" (of the task and auxiliary), its parts "loss/...", "accuracy", "gradient_norm",
+    "learning_rate", and "block_i/..." of the routers.
     """
 
     def loss_and_metrics(
@@ -82,12 +82,8 @@ def make_step(
             average = jax.tree.map(
                 lambda a, p: config.ema_decay * a + (1 - config.ema_decay) * p, state.average, params
             )
-        losses = {name: metrics.pop(name) for name in list(metrics) if name.startswith("loss")}
-        metrics = (
-            losses
-            | {"gradient_norm": optax.global_norm(gradients), "learning_rate": jnp.float32(learning_rate(state.step))}
-            | metrics
-        )
+        metrics["gradient_norm"] = optax.tree.norm(gradients)
+        metrics["learning_rate"] = jnp.float32(learning_rate(state.step))
         new = dataclasses.replace(
             state,
             step=state.step + 1,

@@ -1,0 +1,117 @@
+"""What the experiment files claim."""
+
+import ast
+import importlib.util
+import pathlib
+
+import jax
+import numpy as np
+import pytest
+from flax import nnx
+
+from jmoe.models.vit import VisionTransformer
+from jmoe.train.config_json import from_json, to_json
+from jmoe.train.evaluation import evaluate_checkpoint
+from jmoe.train.experiment import load_experiment
+from jmoe.train.loop import train
+from jmoe.train.overrides import apply_overrides
+
+FOLDER = pathlib.Path(__file__).parents[1] / "experiments"
+EXPERIMENTS = sorted(path.stem for path in FOLDER.glob("*.py") if "def get_config" in path.read_text())
+
+
+def experiment(name, *overrides):
+    return load_experiment(FOLDER / f"{name}.py", overrides)
+
+
+def test_all_experiments_are_looked_at():
+    assert EXPERIMENTS == [
+        "cifar10_vmoe",
+        "digits_batch_priority",
+        "digits_dense",
+        "digits_expert_choice",
+        "digits_soft",
+        "digits_switch",
+        "digits_vmoe",
+    ]
+
+
+@pytest.mark.parametrize("name", EXPERIMENTS)
+def test_an_experiment_can_be_read_and_saved(name):
+    config = experiment(name)
+    assert from_json(to_json(config)) == config
+    text = ast.get_docstring(ast.parse((FOLDER / f"{name}.py").read_text()))
+    assert f"jmoe train experiments/{name}.py --workdir" in text
+    assert name in (FOLDER / "README.md").read_text()
+
+
+def flops(config):
+    """Of one forward pass of a batch, as XLA counts the compiled program."""
+    model = nnx.eval_shape(lambda: VisionTransformer(config.model, rngs=nnx.Rngs(0)))
+    graph, state = nnx.split(model)
+    images = jax.ShapeDtypeStruct((config.data.batch_size, *config.model.image_size, config.model.channels), np.float32)
+    compiled = jax.jit(lambda state, x: nnx.merge(graph, state)(x).logits).lower(state, images).compile()
+    cost = compiled.cost_analysis()
+    return (cost[0] if isinstance(cost, list) else cost)["flops"]
+
+
+@pytest.mark.parametrize("name", ["digits_vmoe", "digits_expert_choice"])
+def test_the_dense_twin_costs_the_same(name):
+    ratio = flops(experiment(name)) / flops(experiment("digits_dense"))
+    assert 0.98 < ratio < 1.05
+
+
+@pytest.fixture
+def digits_prepared(tmp_path, monkeypatch):
+    monkeypatch.setenv("JMOE_DATA_DIR", str(tmp_path / "datasets"))
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("digits_prepared")
+def test_a_small_vmoe_reads_digits(tmp_path):
+    summaries = [train(experiment("digits_vmoe", f"seed={seed}"), tmp_path / str(seed)) for seed in range(3)]
+    assert np.mean([summary.evaluation.accuracy for summary in summaries]) >= 0.975
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("digits_prepared")
+def test_batch_priority_keeps_what_matters_when_capacity_is_short(tmp_path):
+    curve = curve_of_capacity().curve
+    curves = [curve(tmp_path / str(seed), "true", seed) for seed in range(3)]
+    priority, vanilla = (
+        dict(zip((2.0, 1.0, 0.5, 0.25, 0.15), np.mean([c[order] for c in curves], axis=0), strict=True))
+        for order in ("batch priority", "vanilla")
+    )
+    assert priority[0.25] - vanilla[0.25] >= 0.03
+    assert priority[0.15] - vanilla[0.15] >= 0.04
+
+
+def curve_of_capacity():
+    """The script that makes the table of experiments/README.md, as a module."""
+    spec = importlib.util.spec_from_file_location("capacity_curve", FOLDER / "capacity_curve.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.mark.usefixtures("digits_prepared")
+def test_the_script_of_the_capacity_curve_evaluates_all_corners(tmp_path):
+    script = curve_of_capacity()
+    short = script.load_experiment
+
+    def three_steps(path, overrides):
+        tiny = ["epochs=none", "steps=3", "optimizer.warmup_steps=1", "model.width=8", "model.num_heads=2"]
+        return apply_overrides(short(path, overrides), tiny)
+
+    script.load_experiment = three_steps
+    result = script.curve(tmp_path / "run", "true", 0)
+    assert {order: len(values) for order, values in result.items()} == {"batch priority": 5, "vanilla": 5}
+    assert result["vanilla"][0] == pytest.approx(
+        evaluate_checkpoint(
+            apply_overrides(
+                three_steps(FOLDER / "digits_batch_priority.py", ["seed=0"]),
+                ["model.moe.router.batch_priority=false", "model.moe.router.capacity_factor=2.0"],
+            ),
+            tmp_path / "run",
+        )[0].accuracy
+    )
