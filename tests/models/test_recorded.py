@@ -14,7 +14,7 @@ import pytest
 from flax import nnx
 
 import jmoe
-from jmoe.models.vit import ViTConfig, VisionTransformer, variant
+from jmoe.models.vit import VisionTransformer, ViTConfig
 from jmoe.nn.patches import sincos2d
 from jmoe.routing import add_noise, gating
 from tests.reference_names import layer_to_ours, to_ours

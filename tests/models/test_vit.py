@@ -195,7 +195,9 @@ def check_statistics(path, values, recorded):
     assert abs(values.mean() - recorded["mean"]) < 5 * std * math.sqrt(2 / independent), name
     assert abs(values.std() / std - 1) < 5 * math.sqrt(1 / independent), name
     if not (re.search(r"/b_(in|out)$", name) or name == "positions"):  # all but these, which are normal, are bounded
-        np.testing.assert_allclose(np.abs(values).max(), max(recorded["max"], -recorded["min"]), rtol=0.05, err_msg=name)
+        np.testing.assert_allclose(
+            np.abs(values).max(), max(recorded["max"], -recorded["min"]), rtol=0.05, err_msg=name
+        )
 
 
 def test_the_head_starts_at_the_prior_of_a_class():
@@ -270,9 +272,7 @@ def test_remat_changes_neither_values_nor_gradients():
     plain = loss_and_gradients(build(config), images, key)
     again = loss_and_gradients(build(dataclasses.replace(config, remat=True)), images, key)
     # It is the same arithmetic, though not compiled alike.
-    jax.tree.map(
-        lambda a, b: np.testing.assert_allclose(a, b, **tolerance(jnp.float32, np.abs(a).max())), again, plain
-    )
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, **tolerance(jnp.float32, np.abs(a).max())), again, plain)
 
 
 def test_bfloat16_computes_nearly_the_same_and_returns_float32():
@@ -383,7 +383,11 @@ def test_options_that_make_no_sense_are_refused(change, message):
     [
         ("M/16", "vmoe", "There is no variant 'M/16' in family 'vmoe'; use Ti, S, B, L, H, g, 15B with a patch"),
         ("15B/14", "softmoe", "There is no variant '15B/14' in family 'softmoe'; use Ti, S, B, L, H, g with a patch"),
-        ("B16", "vmoe", "There is no variant 'B16' in family 'vmoe'; use Ti, S, B, L, H, g, 15B with a patch, as 'B/16'"),
+        (
+            "B16",
+            "vmoe",
+            "There is no variant 'B16' in family 'vmoe'; use Ti, S, B, L, H, g, 15B with a patch, as 'B/16'",
+        ),
         ("B/16", "vit", "There is no family 'vit'; use one of 'vmoe', 'softmoe'."),
     ],
 )
