@@ -61,7 +61,7 @@ class MoEConfig:
         if self.expert_init not in typing.get_args(ExpertInit):
             raise ValueError(f"MoEConfig wants expert_init 'identical' or 'independent'; it got {self.expert_init!r}.")
         if self.method not in typing.get_args(Method):
-            raise ValueError(f"MoEConfig wants a method of {typing.get_args(Method)}; it got {self.method!r}.")
+            raise ValueError(f"MoEConfig wants method 'auto', 'einsum', 'gather' or 'ragged'; it got {self.method!r}.")
         if isinstance(self.router, TopK) and self.router.k > self.num_experts:
             raise ValueError(
                 f"TopK has k={self.router.k}, but there are only num_experts={self.num_experts}. "
