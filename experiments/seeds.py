@@ -1,4 +1,4 @@
-"""Trains experiments with several seeds and prints a table: mean and range of the test accuracy, what was dropped, time.
+"""Trains experiments with several seeds and prints a table: test accuracy, what was dropped, time.
 
 Run: python experiments/seeds.py experiments/digits_*.py --workdir runs/seeds
 

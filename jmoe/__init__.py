@@ -26,31 +26,54 @@ if TYPE_CHECKING:
     from jmoe.routing import TopK as TopK
     from jmoe.routing import ZLoss as ZLoss
 
-_HOME = {
-    **dict.fromkeys(("combine", "dispatch"), "jmoe.dispatch"),
-    **dict.fromkeys(("MoEConfig", "MoEMlp", "MoEOutput"), "jmoe.nn"),
-    **dict.fromkeys(
-        ("Balance", "ExpertChoice", "Importance", "Load", "Mixing", "Routing", "Soft", "Switch", "TopK", "ZLoss"),
-        "jmoe.routing",
-    ),
+__all__ = [
+    "Balance",
+    "ExpertChoice",
+    "Importance",
+    "Load",
+    "Mixing",
+    "MoEConfig",
+    "MoEMlp",
+    "MoEOutput",
+    "Routing",
+    "Soft",
+    "Switch",
+    "TopK",
+    "ZLoss",
+    "__version__",
+    "combine",
+    "dispatch",
+    "linen",
+    "models",
+]
+
+_HOME = {  # the others are in jmoe.routing
+    "linen": "jmoe",
+    "models": "jmoe",
+    "combine": "jmoe.dispatch",
+    "dispatch": "jmoe.dispatch",
+    "MoEConfig": "jmoe.nn",
+    "MoEMlp": "jmoe.nn",
+    "MoEOutput": "jmoe.nn",
 }
-__all__ = ["__version__", "linen", "models", *_HOME]
 
 
 class _Package(types.ModuleType):
     """Imports each name when it is first used, so that `jmoe --help` does not wait for JAX."""
 
     def __getattr__(self, name: str) -> Any:
-        if name in ("linen", "models"):
-            return importlib.import_module(f"jmoe.{name}")
-        if name not in _HOME:
+        if name not in __all__:
             raise AttributeError(f"module 'jmoe' has no attribute {name!r}")
-        value = getattr(importlib.import_module(_HOME[name]), name)
+        home = _HOME.get(name, "jmoe.routing")
+        if home == "jmoe":
+            return importlib.import_module(f"jmoe.{name}")
+        value = getattr(importlib.import_module(home), name)
         vars(self)[name] = value
         return value
 
     def __setattr__(self, name: str, value: Any) -> None:
-        if not (name in _HOME and isinstance(value, types.ModuleType)):  # jmoe.dispatch is the function
+        # The import system binds every submodule in its package; jmoe.dispatch, in public, is the function.
+        if not (name == "dispatch" and isinstance(value, types.ModuleType)):
             super().__setattr__(name, value)
 
     def __dir__(self) -> list[str]:

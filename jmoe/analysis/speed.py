@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from jmoe.dispatch import Method
 from jmoe.nn.mlp import Mlp
 from jmoe.nn.moe import MoEConfig, MoEMlp
 from jmoe.routing import TopK
@@ -69,7 +70,7 @@ class LayerTimes:
     runs: int
 
 
-def time_layer(case: LayerCase, methods: tuple[str, ...] = ("gather", "einsum"), runs: int = 20) -> LayerTimes:
+def time_layer(case: LayerCase, methods: tuple[Method, ...] = ("gather", "einsum"), runs: int = 20) -> LayerTimes:
     """Times value and gradient of the layer by each method, in turn with the dense MLP.
 
     Args:
@@ -97,7 +98,8 @@ def time_layer(case: LayerCase, methods: tuple[str, ...] = ("gather", "einsum"),
     functions = {"dense": _gradient(Mlp(D, case.hidden_dim, dtype=dtype, rngs=nnx.Rngs(0)), rows, lambda y: y)}
     functions |= {method: _gradient(layer, x, lambda output: output.y) for method, layer in layers.items()}
     for function in functions.values():
-        function(), function()
+        function()
+        function()
     times: dict[str, list[float]] = {name: [] for name in functions}
     for _ in range(runs):
         for name, function in functions.items():

@@ -30,9 +30,14 @@ class RandomAccess(Protocol):
       max_bad_fraction: the share of records that may raise `BadRecordError` before a run stops; 0 stops at the first.
     """
 
-    name: str
-    fingerprint: str
-    max_bad_fraction: float
+    @property
+    def name(self) -> str: ...
+
+    @property
+    def fingerprint(self) -> str: ...
+
+    @property
+    def max_bad_fraction(self) -> float: ...
 
     def __len__(self) -> int: ...
 

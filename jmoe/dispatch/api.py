@@ -2,6 +2,8 @@
 
 from typing import Literal, get_args
 
+import jax
+
 from jmoe.dispatch import einsum, gather, ragged
 from jmoe.dispatch.ragged import Ragged
 from jmoe.notation import Array, Float
@@ -67,9 +69,18 @@ def resolve(method: Method, decision: Decision) -> Literal["einsum", "gather", "
     return auto_method(decision) if method == "auto" else method
 
 
-def auto_method(routing: Routing) -> Literal["gather", "ragged"]:
-    """What "auto" means: "gather" with a capacity, "ragged" where every expert has room for the whole group."""
-    return "ragged" if routing.capacity >= routing.group_size and routing.choices is not None else "gather"
+def auto_method(routing: Routing, platform: str | None = None) -> Literal["gather", "ragged"]:
+    """What "auto" means: "gather", but "ragged" where every expert has room for the whole group and it is no CPU.
+
+    Room for the whole group makes E / K times as many slots as are used. On CPU that was still three times faster than
+    XLA's ragged product (8 experts, K = 2, S/32 size, value and gradient), which there multiplies by every expert.
+
+    Args:
+      routing: the decision.
+      platform: "cpu", "gpu" or "tpu"; that of JAX's default device if None.
+    """
+    dropless = routing.capacity >= routing.group_size and routing.choices is not None
+    return "ragged" if dropless and (platform or jax.default_backend()) != "cpu" else "gather"
 
 
 def _groups(decision: Decision) -> tuple[int, int]:

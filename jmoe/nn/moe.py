@@ -1,7 +1,6 @@
 """The sparse layer: gate, router, dispatch, experts, combine."""
 
 import dataclasses
-import logging
 import typing
 from collections.abc import Callable
 from typing import Any
@@ -9,14 +8,12 @@ from typing import Any
 import jax
 from flax import nnx
 
-from jmoe.dispatch import Method, combine, dispatch, resolve
+from jmoe.dispatch import Method, Ragged, combine, dispatch, resolve
 from jmoe.nn.gate import default_gate
-from jmoe.nn.groups import from_groups, group_length, to_groups
+from jmoe.nn.groups import from_groups, group_length, say_once, to_groups
 from jmoe.nn.mlp import ExpertInit, ExpertMlp
 from jmoe.notation import Array, Bool, Float, PRNGKeyArray
 from jmoe.routing import Decision, Loss, Router, TopK, routing_metrics
-
-logger = logging.getLogger("jmoe")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -147,11 +144,13 @@ class MoEMlp(nnx.Module):
         decision = config.router(scores, mask=mask)
 
         method = resolve(config.method, decision)
-        if method == "ragged":
-            ragged = dispatch(tokens, decision, method)
-            outputs = self.experts.ragged(ragged.rows, ragged.group_sizes, key=dropout_key)
+        if config.method == "auto":
+            say_once(f"Dispatch 'auto' is {method!r} for {type(config.router).__name__} in groups of {S} tokens.")
+        slots = dispatch(tokens, decision, method)
+        if isinstance(slots, Ragged):
+            outputs = self.experts.ragged(slots.rows, slots.group_sizes, key=dropout_key)
         else:
-            slots = dispatch(tokens, decision, method).swapaxes(0, 1)  # [E, G, C, D]
+            slots = slots.swapaxes(0, 1)  # [E, G, C, D]
             E, G, C, D = slots.shape
             outputs = self.experts(slots.reshape(E, G * C, D), key=dropout_key)
             outputs = outputs.reshape(E, G, C, D).swapaxes(0, 1)

@@ -86,8 +86,8 @@ class TrainConfig:
     def __post_init__(self):
         if (self.epochs is None) == (self.steps is None):
             raise ValueError(f"TrainConfig wants epochs or steps, one of them; it got {self.epochs} and {self.steps}.")
-        length = self.epochs if self.steps is None else self.steps
-        if not length > 0:
+        length = self.epochs or self.steps or 0
+        if length <= 0:
             raise ValueError(f"TrainConfig wants a run longer than nothing; it got {length} epochs or steps.")
         if self.loss not in ("softmax", "sigmoid"):
             raise ValueError(f"TrainConfig wants loss 'softmax' or 'sigmoid'; it got {self.loss!r}.")

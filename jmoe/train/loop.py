@@ -102,18 +102,20 @@ def _train(config: TrainConfig, workdir: str | os.PathLike[str], stop: StopReque
     evaluator = evaluator_of(config)
     evaluate_every = config.evaluate.every or max(1, steps // 10)
     save_every = config.checkpoint.every or max(1, steps // 10)
+    make_state = jax.jit(lambda: initial_state(config, optimizer))
+    abstract_state = jax.eval_shape(make_state)
+    with readable():
+        jax.eval_shape(step_function, abstract_state, abstract_batch(config))
 
     with contextlib.ExitStack() as stack:
         checkpointer = stack.enter_context(Checkpointer(path / CHECKPOINTS, keep=config.checkpoint.keep))
 
         # State: drawn anew, or that of the last checkpoint.
-        make_state = jax.jit(lambda: initial_state(config, optimizer))
         start, resumed_from = 0, None
         if checkpointer.latest() is None:
-            with readable(config):
-                state = make_state()
+            state = make_state()
         else:
-            state, saved, start = checkpointer.restore_latest(jax.eval_shape(make_state))
+            state, saved, start = checkpointer.restore_latest(abstract_state)
             resumed_from = start
             _check_position(path, saved, position)
 
@@ -126,14 +128,13 @@ def _train(config: TrainConfig, workdir: str | os.PathLike[str], stop: StopReque
 
         for step in range(start + 1, steps + 1):
             batch = next(batches)
-            with readable(config):
-                check_images(config, batch)
-                state, metrics = step_function(state, {"image": batch["image"], "label": batch["label"]})
+            check_images(config, batch)
+            state, metrics = step_function(state, {"image": batch["image"], "label": batch["label"]})
             recent.append(metrics)
             due = step == steps or stop.signum is not None
             if due or step % config.log_every == 0 or step % save_every == 0 or step % evaluate_every == 0:
                 # Before anything is saved: a state that is not finite must not become the last good one.
-                values = mean_of(recent, step, path, checkpointer.latest())
+                values = mean_of(recent, step, checkpointer)
                 writer.write(step, {f"train/{name}": value for name, value in values.items()})
                 progress.update(step, values["loss"])
                 recent = []
@@ -166,16 +167,21 @@ def _train(config: TrainConfig, workdir: str | os.PathLike[str], stop: StopReque
 
 
 @contextlib.contextmanager
-def readable(config: TrainConfig) -> Iterator[None]:
+def readable() -> Iterator[None]:
     """Turns what the layers raise while they are traced (a capacity without slots, say) into a sentence to the user."""
     try:
         yield
-    except UserError:
-        raise
     except ValueError as error:
-        if config.model.moe is None or not str(error):
-            raise
+        if isinstance(error, UserError) or "\n" in str(error):
+            raise  # ours are sentences; what has more lines is a mistake in the program
         raise UserError(str(error)) from error
+
+
+def abstract_batch(config: TrainConfig) -> dict[str, jax.ShapeDtypeStruct]:
+    """Shapes and dtypes of what the step takes of a batch."""
+    B = config.data.batch_size
+    shape = (B, *config.model.image_size, config.model.channels)
+    return {"image": jax.ShapeDtypeStruct(shape, np.uint8), "label": jax.ShapeDtypeStruct((B,), np.int32)}
 
 
 def check_classes(config: TrainConfig) -> None:
@@ -198,7 +204,7 @@ def check_images(config: TrainConfig, batch: dict[str, Any]) -> None:
         )
 
 
-def mean_of(recent: list[Metrics], step: int, path: pathlib.Path, saved: int | None) -> dict[str, float]:
+def mean_of(recent: list[Metrics], step: int, checkpointer: Checkpointer) -> dict[str, float]:
     """Fetches the metrics of the last steps, up to `step`, and returns their means.
 
     Raises:
@@ -209,10 +215,12 @@ def mean_of(recent: list[Metrics], step: int, path: pathlib.Path, saved: int | N
         # The parts of the loss first, then their sum and its gradient: what went wrong, before what followed from it.
         for name in sorted(metrics, key=lambda name: (not name.startswith("loss/"), name != "loss", name)):
             if not np.isfinite(metrics[name]):
-                kept = f"The last good checkpoint is that of step {saved}" if saved else "There is no checkpoint yet"
+                checkpointer.wait()
+                saved = checkpointer.latest()
+                kept = "There is no checkpoint yet" if saved is None else f"The last good checkpoint is of step {saved}"
                 raise UserError(
-                    f"{name} is {metrics[name]} at step {step - len(fetched) + 1 + i}. {kept} in {path}. Lower the learning "
-                    "rate or clip_norm, or look at the metrics of the steps before in metrics.jsonl."
+                    f"{name} is {metrics[name]} at step {step - len(fetched) + 1 + i}. {kept}, in "
+                    f"{checkpointer.directory}. Lower the learning rate or clip_norm; metrics.jsonl has the steps before."
                 )
     return {name: float(np.mean([metrics[name] for metrics in fetched])) for name in fetched[0]}
 

