@@ -1,8 +1,8 @@
 """The sparse layer as a Linen module: the same parameters, the same numbers."""
 
 import jax
-import jax.numpy as jnp
 from flax import linen, nnx
+from jax.typing import DTypeLike
 
 from jmoe.nn import moe as nnx_moe
 from jmoe.notation import Array, Bool, Float
@@ -19,7 +19,7 @@ class MoEMlp(linen.Module):
     """
 
     config: nnx_moe.MoEConfig
-    dtype: jnp.dtype | None = None
+    dtype: DTypeLike | None = None
 
     @linen.compact
     def __call__(
