@@ -1,3 +1,4 @@
+import jax
 import jax.numpy as jnp
 import pytest
 
@@ -7,12 +8,18 @@ from jmoe.routing import ExpertChoice, Soft, TopK
 GATES = jnp.full((2, 7, 5), 0.2)
 
 
-def test_auto_means_gather_with_a_capacity_and_ragged_without():
-    assert resolve("auto", TopK(k=2, capacity_factor=0.5)(GATES)) == "gather"
-    assert resolve("auto", TopK(k=2, capacity_factor=None)(GATES)) == "gather"  # these tests run on CPU
-    assert auto_method(TopK(k=2, capacity_factor=None)(GATES), "tpu") == "ragged"
-    assert auto_method(TopK(k=2, capacity_factor=0.5)(GATES), "tpu") == "gather"
-    assert auto_method(ExpertChoice(capacity_factor=5.0)(GATES), "gpu") == "gather"  # its slots are all full
+@pytest.mark.parametrize("platform", ["cpu", "gpu", "tpu"])
+def test_auto_means_gather_unless_an_accelerator_drops_nothing(platform):
+    dropless = "gather" if platform == "cpu" else "ragged"
+    assert auto_method(TopK(k=2, capacity_factor=0.5)(GATES), platform) == "gather"
+    assert auto_method(TopK(k=2, capacity_factor=None)(GATES), platform) == dropless
+    assert auto_method(TopK(k=2, capacity_factor=None, capacity=7)(GATES), platform) == dropless  # room for all 7
+    assert auto_method(ExpertChoice(capacity_factor=5.0)(GATES), platform) == "gather"  # its slots are all full
+
+
+def test_auto_follows_the_platform_of_jax():
+    routing = TopK(k=2, capacity_factor=None)(GATES)
+    assert resolve("auto", routing) == auto_method(routing, jax.default_backend())
 
 
 def test_a_named_method_is_what_runs():

@@ -234,9 +234,10 @@ class TestProgram:
         shapes = jax.ShapeDtypeStruct((97, 11), jnp.float32), jax.ShapeDtypeStruct((106,), jnp.int32)
         assert "stablehlo.scatter" in jax.jit(jax.grad(plain)).lower(*shapes).as_text()
 
-    @pytest.mark.parametrize("router", ROUTERS, ids=name)
-    def test_no_array_has_an_element_for_every_token_and_slot(self, router):
+    @pytest.mark.parametrize(
+        ("router", "method"), [(ROUTERS[0], "gather"), (ROUTERS[1], "gather"), (ROUTERS[1], "einsum")]
+    )
+    def test_only_einsum_has_an_array_with_an_element_for_every_token_and_slot(self, router, method):
         C = jax.eval_shape(router, jax.ShapeDtypeStruct((self.G, self.S, self.E), jnp.float32)).capacity
         masks = self.G * self.S * self.E * C
-        assert self.largest_array("gather", router) < masks / 2
-        assert self.largest_array("einsum", router) >= masks
+        assert (self.largest_array(method, router) >= masks / 2) == (method == "einsum")

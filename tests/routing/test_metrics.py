@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 
 from jmoe.routing import ExpertChoice, Gating, Mixing, Soft, TopK, metrics, routing_metrics
+from tests.routing.routers import compiled, name
 from tests.tolerance import tolerance
 
 G, S, E = 2, 7, 5
@@ -19,13 +20,18 @@ def random_mask():
     return np.random.default_rng(1).permuted(np.broadcast_to(np.arange(S) < [[4], [6]], (G, S)), axis=1)
 
 
-@pytest.mark.parametrize("router", ROUTERS, ids=repr)
+@compiled
+def measure(router, gating):
+    routing = router(gating.gates, mask=gating.mask)
+    return routing, routing_metrics(gating, routing)
+
+
+@pytest.mark.parametrize("router", ROUTERS, ids=name)
 @pytest.mark.parametrize("padded", [False, True])
 def test_counts_are_those_of_loops_over_assignments(router, padded):
     mask = random_mask() if padded else np.ones((G, S), bool)
     gating = random_gating(jnp.asarray(mask) if padded else None)
-    routing = router(gating.gates, mask=gating.mask)
-    measured = routing_metrics(gating, routing)
+    routing, measured = measure(router, gating)
 
     wanted, dropped, slots = np.zeros(E), 0, np.zeros((G, S), int)
     for g in range(G):
@@ -47,8 +53,8 @@ def test_counts_are_those_of_loops_over_assignments(router, padded):
         "confidence": np.mean([gates[g][mask[g]].max(axis=-1).mean() for g in range(G)]),
     }
     assert measured.keys() == expected.keys()
-    for name, value in expected.items():
-        np.testing.assert_allclose(measured[name], value, **tolerance(jnp.float32), err_msg=name)
+    for key, value in expected.items():
+        np.testing.assert_allclose(measured[key], value, **tolerance(jnp.float32), err_msg=key)
     np.testing.assert_array_equal(np.asarray(metrics.kept_per_token(routing))[mask], slots[mask])
 
 
