@@ -11,10 +11,8 @@ from flax import nnx
 
 from jmoe.models.vit import VisionTransformer
 from jmoe.train.config_json import from_json, to_json
-from jmoe.train.evaluation import evaluate_checkpoint
 from jmoe.train.experiment import load_experiment
 from jmoe.train.loop import train
-from jmoe.train.overrides import apply_overrides
 
 FOLDER = pathlib.Path(__file__).parents[1] / "experiments"
 EXPERIMENTS = sorted(path.stem for path in FOLDER.glob("*.py") if "def get_config" in path.read_text())
@@ -92,26 +90,3 @@ def curve_of_capacity():
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
-
-
-@pytest.mark.usefixtures("digits_prepared")
-def test_the_script_of_the_capacity_curve_evaluates_all_corners(tmp_path):
-    script = curve_of_capacity()
-    short = script.load_experiment
-
-    def three_steps(path, overrides):
-        tiny = ["epochs=none", "steps=3", "optimizer.warmup_steps=1", "model.width=8", "model.num_heads=2"]
-        return apply_overrides(short(path, overrides), tiny)
-
-    script.load_experiment = three_steps
-    result = script.curve(tmp_path / "run", "true", 0)
-    assert {order: len(values) for order, values in result.items()} == {"batch priority": 5, "vanilla": 5}
-    assert result["vanilla"][0] == pytest.approx(
-        evaluate_checkpoint(
-            apply_overrides(
-                three_steps(FOLDER / "digits_batch_priority.py", ["seed=0"]),
-                ["model.moe.router.batch_priority=false", "model.moe.router.capacity_factor=2.0"],
-            ),
-            tmp_path / "run",
-        )[0].accuracy
-    )

@@ -131,7 +131,8 @@ def _train(config: TrainConfig, workdir: str | os.PathLike[str], stop: StopReque
             check_images(config, batch)
             state, metrics = step_function(state, {"image": batch["image"], "label": batch["label"]})
             recent.append(metrics)
-            due = step == steps or stop.signum is not None
+            stopped_by = stop.signum  # read once: a signal that comes later in this turn is for the next one
+            due = step == steps or stopped_by is not None
             if due or step % config.log_every == 0 or step % save_every == 0 or step % evaluate_every == 0:
                 # Before anything is saved: a state that is not finite must not become the last good one.
                 values = mean_of(recent, step, checkpointer)
@@ -144,11 +145,11 @@ def _train(config: TrainConfig, workdir: str | os.PathLike[str], stop: StopReque
                 progress.print(f"step {step}: test accuracy {100 * evaluation.accuracy:.2f} %")
             if due or step % save_every == 0:
                 checkpointer.save(step, state, position | {"step": step})
-            if stop.signum is not None and step < steps:
+            if stopped_by is not None and step < steps:
                 checkpointer.wait()
                 raise InterruptedRunError(
                     f"Stopped after step {step} of {steps}, saved in {path}. Run the same command to go on.",
-                    stop.signum,
+                    stopped_by,
                 )
         checkpointer.wait()
 

@@ -68,7 +68,7 @@ def test_the_report_as_json_says_the_same(capsys):
     assert report["versions"]["jmoe"] == {"ok": True, "detail": _version.__version__}
     assert list(report["extras"]) == ["train", "test", "tpu", "cuda", "plan"]
     assert report["layers"]["dispatch with a capacity"] == {"ok": True, "detail": "gather"}
-    assert report["layers"]["dispatch dropless"] == {"ok": True, "detail": "ragged"}
+    assert report["layers"]["dispatch dropless"] == {"ok": True, "detail": "gather"}
     assert set(report["layers"]) > {"gather_rows", "combine_rows", "grouped_matmul"}
 
 
