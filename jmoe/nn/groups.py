@@ -53,6 +53,6 @@ def from_groups(y: Float[Array, "G S D"], B: int, T: int) -> Float[Array, "B T D
 
 
 @functools.cache
-def say_once(message: str) -> None:
-    """Logs a choice that costs speed, once a process."""
-    logger.warning(message)
+def say_once(message: str, level: int = logging.WARNING) -> None:
+    """Logs a choice that was made for the user, once a process; as a warning if it costs speed."""
+    logger.log(level, message)

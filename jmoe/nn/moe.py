@@ -1,6 +1,7 @@
 """The sparse layer: gate, router, dispatch, experts, combine."""
 
 import dataclasses
+import logging
 import typing
 from collections.abc import Callable
 from typing import Any
@@ -145,7 +146,8 @@ class MoEMlp(nnx.Module):
 
         method = resolve(config.method, decision)
         if config.method == "auto":
-            say_once(f"Dispatch 'auto' is {method!r} for {type(config.router).__name__} in groups of {S} tokens.")
+            name = type(config.router).__name__
+            say_once(f"Dispatch 'auto' is {method!r} for {name} in groups of {S} tokens.", logging.INFO)
         slots = dispatch(tokens, decision, method)
         if isinstance(slots, Ragged):
             outputs = self.experts.ragged(slots.rows, slots.group_sizes, key=dropout_key)

@@ -218,7 +218,7 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_last_good_checkpo
     train_until_nan = apply_overrides(config, ["optimizer=SGD(peak_lr=1e30, warmup_steps=3)"])
     with pytest.raises(
         UserError,
-        match=r"^loss/\w+ is (nan|inf) at step [345]\. The last good checkpoint is of step [24], in .* Lower the learning",
+        match=r"^loss/\w+ is (nan|inf) at step [345]\. The last good checkpoint is of step [24], in .*",
     ):
         train(train_until_nan, tmp_path)
     assert set(os.listdir(tmp_path / "checkpoints")) <= {"2", "4"}
