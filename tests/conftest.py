@@ -1,6 +1,8 @@
 """Settings of every test."""
 
+import atexit
 import os
+import shutil
 import tempfile
 
 import hypothesis
@@ -20,6 +22,7 @@ jax.config.update("jax_numpy_rank_promotion", "raise")
 # that pytest's workers and programs that tests start share it.
 if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
     os.environ["JAX_COMPILATION_CACHE_DIR"] = tempfile.mkdtemp(prefix="jmoe-tests-")
+    atexit.register(shutil.rmtree, os.environ["JAX_COMPILATION_CACHE_DIR"], ignore_errors=True)
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.2")
 jax.config.update("jax_compilation_cache_dir", os.environ["JAX_COMPILATION_CACHE_DIR"])
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)

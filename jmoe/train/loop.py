@@ -221,7 +221,7 @@ def mean_of(recent: list[Metrics], step: int, checkpointer: Checkpointer) -> dic
                 kept = "There is no checkpoint yet" if saved is None else f"The last good checkpoint is of step {saved}"
                 raise UserError(
                     f"{name} is {metrics[name]} at step {step - len(fetched) + 1 + i}. {kept}, in "
-                    f"{checkpointer.directory}. Lower the learning rate or clip_norm; metrics.jsonl has the steps before."
+                    f"{checkpointer.directory}. Lower the learning rate or clip_norm; metrics.jsonl shows the way."
                 )
     return {name: float(np.mean([metrics[name] for metrics in fetched])) for name in fetched[0]}
 

@@ -89,5 +89,5 @@ def test_the_commands_refuse_in_one_line(interrupted, experiment, capsys):
     first, second, third = capsys.readouterr().err.strip().splitlines()[-3:]
     assert first.startswith("jmoe: ")
     assert "holds another experiment: steps: 100000 -> 12 (there -> here)." in first
-    assert "is of another model: the checkpoint and the model have float32 (1, 1, 8) and float32 (1, 1, 16) at" in second
+    assert "of another model: the checkpoint and the model have float32 (1, 1, 8) and float32 (1, 1, 16) at" in second
     assert "There is no checkpoint of step 77777 in" in third
