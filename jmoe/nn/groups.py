@@ -31,11 +31,13 @@ def to_groups(
     """Cuts the tokens of a batch, image after image, into groups of S; the rest is filled with masked zeros.
 
     Returns:
-      tokens [G, S, D], and a mask [G, S] that is False for padding, or None if every token is real.
+      tokens [G, S, D], zero where masked, and a mask [G, S] that is False for padding, or None if every token is real.
     """
     B, T, D = x.shape
     padding = -(B * T) % S
     tokens = x.reshape(B * T, D)
+    if mask is not None:  # not even NaN may reach another token through a product with zero
+        tokens = jnp.where(mask.reshape(-1, 1), tokens, 0)
     if padding:
         say_once(
             f"Groups of {S} tokens do not divide the {B * T} tokens of a batch (B={B} images of T={T}): "
