@@ -267,6 +267,11 @@ def _entries(directory: pathlib.Path) -> list[pathlib.Path]:
         raise UserError(f"The checkpoints in {directory} cannot be listed: {reason(error)}.") from error
 
 
+def latest(directory: pathlib.Path) -> int | None:
+    """The step of the last complete checkpoint in a folder, or None; neither the folder nor a file is changed."""
+    return max(_complete(directory), default=None)
+
+
 def _complete(directory: pathlib.Path) -> list[int]:
     return sorted(int(path.name) for path in _entries(directory) if _is_complete(path))
 

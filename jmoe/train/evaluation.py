@@ -16,8 +16,7 @@ from jmoe.train.checkpoint import Checkpointer
 from jmoe.train.config import TrainConfig
 from jmoe.train.state import TrainState, graph_of, initial_state
 from jmoe.train.step import LOSSES
-
-CHECKPOINTS = "checkpoints"
+from jmoe.train.workdir import CHECKPOINTS
 
 
 def evaluator_of(config: TrainConfig) -> Callable[[TrainState], Evaluation]:

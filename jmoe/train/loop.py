@@ -19,7 +19,7 @@ from jmoe.evaluate.accuracy import Evaluation
 from jmoe.train import workdir as folders
 from jmoe.train.checkpoint import Checkpointer
 from jmoe.train.config import TrainConfig, total_steps
-from jmoe.train.evaluation import CHECKPOINTS, evaluator_of
+from jmoe.train.evaluation import evaluator_of
 from jmoe.train.log import MetricWriter, Progress
 from jmoe.train.signals import StopRequest
 from jmoe.train.state import graph_of, initial_state, make_optimizer
@@ -108,7 +108,7 @@ def _train(config: TrainConfig, workdir: str | os.PathLike[str], stop: StopReque
         jax.eval_shape(step_function, abstract_state, abstract_batch(config))
 
     with contextlib.ExitStack() as stack:
-        checkpointer = stack.enter_context(Checkpointer(path / CHECKPOINTS, keep=config.checkpoint.keep))
+        checkpointer = stack.enter_context(Checkpointer(path / folders.CHECKPOINTS, keep=config.checkpoint.keep))
 
         # State: drawn anew, or that of the last checkpoint.
         start, resumed_from = 0, None

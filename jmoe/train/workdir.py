@@ -6,16 +6,20 @@ import pathlib
 from typing import Any
 
 from jmoe.errors import UserError
+from jmoe.train.checkpoint import latest
 from jmoe.train.config import TrainConfig
 from jmoe.train.config_json import differences, to_json
 
 CONFIG = "config.json"
+CHECKPOINTS = "checkpoints"
 # What may change between the parts of a run without changing what it computes.
 _FREE = ("checkpoint", "evaluate", "log_every")
 
 
 def prepare(workdir: str | os.PathLike[str], config: TrainConfig) -> pathlib.Path:
     """Makes the folder of a new run, or checks that it holds this one, and records the config.
+
+    A folder in which nothing was saved yet holds no run: it may be used with other options.
 
     Raises:
       UserError: the folder holds another experiment (the message says what differs), or cannot be written.
@@ -24,7 +28,7 @@ def prepare(workdir: str | os.PathLike[str], config: TrainConfig) -> pathlib.Pat
     new = to_json(config)
     try:
         path.mkdir(parents=True, exist_ok=True)
-        if (path / CONFIG).exists():
+        if (path / CONFIG).exists() and latest(path / CHECKPOINTS) is not None:
             _check_same(path, new)
         temporary = path / (CONFIG + ".tmp")
         temporary.write_text(json.dumps(new, indent=2) + "\n")

@@ -295,3 +295,11 @@ def test_training_works_outside_the_main_thread(tmp_path):
     thread.start()
     thread.join()
     assert results[0].step == 3
+
+
+def test_a_folder_in_which_nothing_was_saved_takes_other_options(tmp_path):
+    with pytest.raises(UserError, match="10 classes"):
+        train(apply_overrides(tiny_config(), ["model.num_classes=7"]), tmp_path)
+    with pytest.raises(UserError, match="warm"):
+        train(apply_overrides(tiny_config(), ["optimizer.warmup_steps=50"]), tmp_path)
+    assert train(apply_overrides(tiny_config(), ["steps=3"]), tmp_path).step == 3
