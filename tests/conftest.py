@@ -28,6 +28,13 @@ jax.config.update("jax_compilation_cache_dir", os.environ["JAX_COMPILATION_CACHE
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
 
 
+def pytest_configure(config):
+    """Has quick tests compile quickly: their arrays are tiny, and most of their time is the compiler's."""
+    if config.option.markexpr == "not slow":
+        os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] = "1"  # for programs that tests start
+        jax.config.update("jax_disable_most_optimizations", True)
+
+
 @pytest.fixture
 def untyped(monkeypatch):
     """Turns jaxtyping's checks off, as they are for users: then it is our own sentence that refuses an argument."""

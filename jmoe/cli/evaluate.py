@@ -3,8 +3,11 @@
 import argparse
 import dataclasses
 import json
+import logging
 
 from jmoe.cli import arguments
+
+logger = logging.getLogger("jmoe")
 
 SUMMARY = "Evaluates a checkpoint on the test images; with --set, the same weights under other options."
 EXAMPLE = (
@@ -26,10 +29,17 @@ def run(args: argparse.Namespace) -> int:
     config = load_experiment(args.experiment, args.overrides)
 
     from jmoe.train.evaluation import evaluate_checkpoint
+    from jmoe.train.workdir import differences_from_run
 
     if any(override.startswith("model.moe") for override in args.overrides):
         # What is asked for here wins over the router that the experiment has for evaluation.
         config = dataclasses.replace(config, evaluate=dataclasses.replace(config.evaluate, router=None))
+    differences = differences_from_run(args.workdir, config, [override.split("=")[0] for override in args.overrides])
+    if differences:
+        logger.warning(
+            "The run was trained with other options: %s (there -> here). It is evaluated with those of here.",
+            "; ".join(differences),
+        )
     evaluation, step = evaluate_checkpoint(config, args.workdir, step=args.step)
     print(json.dumps({"step": step} | evaluation.to_json()) if args.json else f"step             {step}\n{evaluation}")
     return 0

@@ -29,6 +29,12 @@ class Shift:
     pixels: int = 1
     fill: int = 0
 
+    def __post_init__(self):
+        if self.pixels < 0 or not 0 <= self.fill <= 255:
+            raise ValueError(
+                f"Shift wants pixels of at least 0 and a fill from 0 to 255; it got {self.pixels} and {self.fill}."
+            )
+
     def __call__(self, image: UInt8[np.ndarray, "H W C"], rng: np.random.Generator) -> UInt8[np.ndarray, "H W C"]:
         top = uniform_integer(rng, 2 * self.pixels + 1) - self.pixels
         left = uniform_integer(rng, 2 * self.pixels + 1) - self.pixels

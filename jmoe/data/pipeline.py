@@ -52,6 +52,12 @@ class DataConfig:
     augment: tuple[Augmentation, ...] = ()
     num_workers: int = 0
 
+    def __post_init__(self):
+        if self.batch_size < 1:
+            raise ValueError(f"DataConfig wants a batch_size of at least 1; it got {self.batch_size}.")
+        if self.num_workers < 0:
+            raise ValueError(f"DataConfig wants num_workers of at least 0; it got {self.num_workers}.")
+
 
 class Batches(Iterator[dict[str, np.ndarray]]):
     """Iterates over batches that are made ahead, in a background thread or in worker processes.

@@ -20,6 +20,7 @@ from jmoe.routing import Decision
 
 Pool = Literal["token", "mean", "map", "first"]
 Positions = Literal["learned", "sincos2d", "none"]
+DType = Literal["float32", "bfloat16"]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -66,13 +67,13 @@ class ViTConfig:
     qk_norm: bool = False
     moe: MoEConfig | None = None
     remat: bool = False
-    dtype: Literal["float32", "bfloat16"] = "float32"
+    dtype: DType = "float32"
 
     def __post_init__(self):
         for name in ("patch_size", "width", "depth", "hidden_dim", "num_heads", "channels"):
             if getattr(self, name) < 1:
                 raise ValueError(f"ViTConfig wants {name} of at least 1; it got {getattr(self, name)}.")
-        for name, choices in (("pool", Pool), ("positions", Positions)):
+        for name, choices in (("pool", Pool), ("positions", Positions), ("dtype", DType)):
             if getattr(self, name) not in typing.get_args(choices):
                 known = ", ".join(map(repr, typing.get_args(choices)))
                 raise ValueError(f"ViTConfig wants {name} to be one of {known}; it got {getattr(self, name)!r}.")

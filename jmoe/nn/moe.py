@@ -3,7 +3,7 @@
 import dataclasses
 import logging
 import typing
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import jax
@@ -27,14 +27,14 @@ class MoEConfig:
       router: TopK, Switch, ExpertChoice, Soft, or your own.
       layers: the blocks of a transformer that are sparse, counted from 0: "last-n" (the last n odd ones, as V-MoE
         places them), "every-n" (n-1, 2n-1, ...), or a tuple of indices. A layer on its own does not read it.
-      images_per_group: images that are routed together; 8 as published. Larger groups than the batch are the batch.
+      images_per_group: images that are routed together; 8 as published. A layer that is given fewer routes those.
       group_size: tokens that are routed together, instead of whole images.
       dropout: rate inside the experts.
       expert_init: "identical" as published, or "independent".
       losses: auxiliary losses with their weights; None for those published with the router.
       method: how tokens move: "gather", "einsum", "ragged", or "auto".
-      gate: makes the gate, called as gate(D, num_experts, rngs=rngs), such as the class of an NNX module; None for
-        the one published with the router.
+      gate: makes the gate, called as gate(D, num_experts, rngs=rngs), with noise or jitter of its own; None for the
+        one published with the router. An experiment needs a frozen dataclass, which can be saved with the run.
     """
 
     num_experts: int = 8
@@ -60,6 +60,11 @@ class MoEConfig:
             raise ValueError(f"MoEConfig wants expert_init 'identical' or 'independent'; it got {self.expert_init!r}.")
         if self.method not in typing.get_args(Method):
             raise ValueError(f"MoEConfig wants method 'auto', 'einsum', 'gather' or 'ragged'; it got {self.method!r}.")
+        if not isinstance(self.router, Router):
+            raise ValueError(
+                f"MoEConfig wants a router with noise_std, losses, batch_invariant and a call, as jmoe.routing.Router "
+                f"lists them; {type(self.router).__name__} lacks one. See the README on adding a router."
+            )
         if isinstance(self.router, TopK) and self.router.k > self.num_experts:
             raise ValueError(
                 f"TopK has k={self.router.k}, but there are only num_experts={self.num_experts}. "
@@ -162,9 +167,17 @@ class MoEMlp(nnx.Module):
         return MoEOutput(
             y=y,
             decision=decision,
-            losses={loss.name: loss(gating, decision) for loss in losses},
+            losses=_by_name((loss.name, loss(gating, decision)) for loss in losses),
             metrics=routing_metrics(gating, decision),
         )
+
+
+def _by_name(losses: Iterable[tuple[str, Array]]) -> dict[str, Array]:
+    """Losses of one name, such as one of each scope, are added."""
+    total: dict[str, Array] = {}
+    for name, loss in losses:
+        total[name] = total.get(name, 0.0) + loss
+    return total
 
 
 def _default(router: Router) -> Callable[..., nnx.Module]:

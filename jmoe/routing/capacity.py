@@ -11,6 +11,8 @@ def expert_capacity(
 ) -> int:
     """Returns C, the slots of each expert for one group: num_assignments * factor / num_experts, rounded.
 
+    In double precision from left to right, as published: 100 * 1.1 / 10 is a little above 11, and rounded up 12.
+
     Args:
       num_assignments: S * K where tokens choose, S where experts choose.
       num_experts: E.

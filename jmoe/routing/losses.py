@@ -5,7 +5,7 @@ its weight and scope, which is what a config holds. A group of padding alone has
 """
 
 import dataclasses
-from typing import Literal, Protocol, runtime_checkable
+from typing import Literal, Protocol, get_args, runtime_checkable
 
 import jax
 import jax.numpy as jnp
@@ -116,6 +116,9 @@ class Importance:
     scope: Scope = "group"
     name = "importance"
 
+    def __post_init__(self):
+        check_scope(self.scope)
+
     def __call__(self, gating: Gating, decision: Decision) -> Float32[Array, ""]:
         """The weighted loss, a scalar."""
         del decision
@@ -135,6 +138,9 @@ class Load:
     weight: float = 0.005
     scope: Scope = "group"
     name = "load"
+
+    def __post_init__(self):
+        check_scope(self.scope)
 
     def __call__(self, gating: Gating, decision: Decision) -> Float32[Array, ""]:
         """The weighted loss, a scalar; wants a decision in which tokens choose."""
@@ -162,6 +168,11 @@ class Balance:
     choices: Literal["first", "all"] = "first"
     name = "balance"
 
+    def __post_init__(self):
+        check_scope(self.scope)
+        if self.choices not in ("first", "all"):
+            raise ValueError(f"Balance wants choices 'first' or 'all'; it got {self.choices!r}.")
+
     def __call__(self, gating: Gating, decision: Decision) -> Float32[Array, ""]:
         """The weighted loss, a scalar."""
         k = 1
@@ -188,6 +199,9 @@ class ZLoss:
     scope: Scope = "group"
     name = "z"
 
+    def __post_init__(self):
+        check_scope(self.scope)
+
     def __call__(self, gating: Gating, decision: Decision) -> Float32[Array, ""]:
         """The weighted loss, a scalar."""
         del decision
@@ -195,8 +209,20 @@ class ZLoss:
         return self.weight * mean_over_groups(z_loss(gating.logits, gating.mask), gating.mask)
 
 
+def check_scope(scope: str) -> None:
+    """Raises ValueError for a scope that does not exist."""
+    if scope not in get_args(Scope):
+        raise ValueError(f"A loss has the scope 'group' or 'global'; it got {scope!r}.")
+
+
 def in_scope(gating: Gating, scope: Scope) -> Gating:
-    """The same gating, as one group of all tokens where the scope is global."""
+    """The same gating, as one group of all tokens where the scope is global.
+
+    Raises:
+      ValueError: the gating is of a soft router, for which none of these losses is defined.
+    """
+    if gating.logits.ndim != 3:
+        raise ValueError("A soft router has a logit per slot; importance, balance and z losses want one per expert.")
     if scope == "group":
         return gating
     return jax.tree.map(lambda a: a.reshape(1, a.shape[0] * a.shape[1], *a.shape[2:]), gating)

@@ -1,6 +1,7 @@
 """Everything that decides a training run, as plain data."""
 
 import dataclasses
+import math
 from typing import Literal
 
 from jmoe.data import DataConfig, num_train_images
@@ -87,8 +88,8 @@ class TrainConfig:
         if (self.epochs is None) == (self.steps is None):
             raise ValueError(f"TrainConfig wants epochs or steps, one of them; it got {self.epochs} and {self.steps}.")
         length = self.epochs or self.steps or 0
-        if length <= 0:
-            raise ValueError(f"TrainConfig wants a run longer than nothing; it got {length} epochs or steps.")
+        if not (length > 0 and math.isfinite(length)):
+            raise ValueError(f"TrainConfig wants a run of finite length above 0; it got {length} epochs or steps.")
         if self.loss not in ("softmax", "sigmoid"):
             raise ValueError(f"TrainConfig wants loss 'softmax' or 'sigmoid'; it got {self.loss!r}.")
         if self.mixup < 0:
@@ -116,7 +117,7 @@ class TrainConfig:
             named = f"group_size={moe.group_size}" if moe.group_size else f"a group of {moe.images_per_group} images"
             raise ValueError(
                 f"{named} is larger than the batch: {images} images of {self.model.tokens} tokens are routed at once. "
-                f"Use groups of at most {images} images, or a larger batch_size."
+                f"Use groups of at most {images} images, {images * self.model.tokens} tokens, or a larger batch_size."
             )
 
 

@@ -7,30 +7,38 @@ import pathlib
 from collections.abc import Callable
 
 import jax
+import jax.numpy as jnp
 import optax
 
 from jmoe.data import test_batches
 from jmoe.errors import UserError
 from jmoe.evaluate.accuracy import Evaluation, make_evaluator
 from jmoe.train.checkpoint import Checkpointer
+from jmoe.train.checks import check_classes, check_images, readable
 from jmoe.train.config import TrainConfig
-from jmoe.train.state import TrainState, graph_of, initial_state
+from jmoe.train.state import TrainState, graph_of, initial_state, make_model
 from jmoe.train.step import LOSSES
 from jmoe.train.workdir import CHECKPOINTS
 
 
 def evaluator_of(config: TrainConfig) -> Callable[[TrainState], Evaluation]:
     """Returns a function that evaluates a state on the test images, with its averaged parameters if it has them."""
+    check_classes(config)
+    batch_size = config.evaluate.batch_size or config.data.batch_size
     moe, router = config.model.moe, config.evaluate.router
-    if moe is not None and router is not None:
-        model = dataclasses.replace(config.model, moe=dataclasses.replace(moe, router=router))
-        config = dataclasses.replace(config, model=model)
+    with readable():
+        if moe is not None and router is not None:
+            model = dataclasses.replace(config.model, moe=dataclasses.replace(moe, router=router))
+            config = dataclasses.replace(config, model=model)
+        # Traced once on nothing, so that what cannot be routed is said before hours of training.
+        shape = (batch_size, *config.model.image_size, config.model.channels)
+        jax.eval_shape(lambda: make_model(config)(jnp.zeros(shape)).logits)
     evaluate = make_evaluator(graph_of(config), LOSSES[config.loss])
 
     def evaluator(state: TrainState) -> Evaluation:
         params = state.params if state.average is None else state.average
-        with contextlib.closing(test_batches(config.data, batch_size=config.evaluate.batch_size)) as batches:
-            return evaluate(batches, params, state.variables)
+        with contextlib.closing(test_batches(config.data, batch_size=batch_size)) as batches:
+            return evaluate((check_images(config, batch) for batch in batches), params, state.variables)
 
     return evaluator
 

@@ -7,7 +7,6 @@ import json
 import os
 import pathlib
 import time
-from collections.abc import Iterator
 from typing import Any
 
 import jax
@@ -18,14 +17,13 @@ from jmoe.errors import InterruptedRunError, UserError
 from jmoe.evaluate.accuracy import Evaluation
 from jmoe.train import workdir as folders
 from jmoe.train.checkpoint import Checkpointer
+from jmoe.train.checks import abstract_batch, check_classes, check_images, readable
 from jmoe.train.config import TrainConfig, total_steps
 from jmoe.train.evaluation import evaluator_of
 from jmoe.train.log import MetricWriter, Progress
 from jmoe.train.signals import StopRequest
 from jmoe.train.state import graph_of, initial_state, make_optimizer
 from jmoe.train.step import Metrics, make_step
-
-SUMMARY = "summary.json"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -92,7 +90,7 @@ def _train(config: TrainConfig, workdir: str | os.PathLike[str], stop: StopReque
     steps = total_steps(config)
     position = {"seed": config.seed, "global_batch": config.data.batch_size, "fingerprint": fingerprint(config.data)}
     path = folders.prepare(workdir, config)
-    if (path / SUMMARY).exists():
+    if (path / folders.SUMMARY).exists():
         return _finished(path)
 
     # Functions: the model without its arrays, the step, the evaluation.
@@ -139,12 +137,12 @@ def _train(config: TrainConfig, workdir: str | os.PathLike[str], stop: StopReque
                 writer.write(step, {f"train/{name}": value for name, value in values.items()})
                 progress.update(step, values["loss"])
                 recent = []
+            if due or step % save_every == 0:
+                checkpointer.save(step, state, position | {"step": step})
             if step == steps or step % evaluate_every == 0:
                 evaluation = evaluator(state)
                 writer.write(step, _test_metrics(evaluation))
                 progress.print(f"step {step}: test accuracy {100 * evaluation.accuracy:.2f} %")
-            if due or step % save_every == 0:
-                checkpointer.save(step, state, position | {"step": step})
             if stopped_by is not None and step < steps:
                 checkpointer.wait()
                 raise InterruptedRunError(
@@ -163,46 +161,8 @@ def _train(config: TrainConfig, workdir: str | os.PathLike[str], stop: StopReque
         resumed_from=resumed_from,
         damaged_images=len(batches.bad),
     )
-    _write_json(path / SUMMARY, dataclasses.asdict(summary))
+    _write_json(path / folders.SUMMARY, dataclasses.asdict(summary))
     return summary
-
-
-@contextlib.contextmanager
-def readable() -> Iterator[None]:
-    """Turns what the layers raise while they are traced (a capacity without slots, say) into a sentence to the user."""
-    try:
-        yield
-    except ValueError as error:
-        if isinstance(error, UserError) or "\n" in str(error):
-            raise  # ours are sentences; what has more lines is a mistake in the program
-        raise UserError(str(error)) from error
-
-
-def abstract_batch(config: TrainConfig) -> dict[str, jax.ShapeDtypeStruct]:
-    """Shapes and dtypes of what the step takes of a batch."""
-    B = config.data.batch_size
-    shape = (B, *config.model.image_size, config.model.channels)
-    return {"image": jax.ShapeDtypeStruct(shape, np.uint8), "label": jax.ShapeDtypeStruct((B,), np.int32)}
-
-
-def check_classes(config: TrainConfig) -> None:
-    """Raises UserError unless the model has a class for every label of the dataset."""
-    classes = config.data.source.num_classes
-    if classes != config.model.num_classes:
-        raise UserError(
-            f"The dataset {config.data.source.name} has {classes} classes; the model has "
-            f"num_classes={config.model.num_classes}. Set model.num_classes={classes}."
-        )
-
-
-def check_images(config: TrainConfig, batch: dict[str, Any]) -> None:
-    """Raises UserError unless images are of the size that the model takes."""
-    wanted, came = (*config.model.image_size, config.model.channels), batch["image"].shape[1:]
-    if wanted != came:
-        raise UserError(
-            f"The dataset {config.data.source.name} has images of {came} (height, width, channels); the model takes "
-            f"{wanted}. Set data.image_size, or model.image_size and model.channels."
-        )
 
 
 def mean_of(recent: list[Metrics], step: int, checkpointer: Checkpointer) -> dict[str, float]:
@@ -246,10 +206,13 @@ def _test_metrics(evaluation: Evaluation) -> dict[str, Any]:
 def _finished(path: pathlib.Path) -> Summary:
     """The summary of a run that ended before."""
     try:
-        saved = json.loads((path / SUMMARY).read_text())
-        return Summary(**saved | {"evaluation": Evaluation(**saved["evaluation"]), "already_finished": True})
+        saved = json.loads((path / folders.SUMMARY).read_text())
+        here = {"evaluation": Evaluation(**saved["evaluation"]), "workdir": str(path), "already_finished": True}
+        return Summary(**saved | here)
     except (ValueError, TypeError, KeyError) as error:
-        raise UserError(f"{path / SUMMARY} is damaged ({error}). Delete it to have the run evaluated again.") from error
+        raise UserError(
+            f"{path / folders.SUMMARY} is damaged ({error}). Delete it to have the run evaluated again."
+        ) from error
 
 
 def _write_json(path: pathlib.Path, data: dict[str, Any]) -> None:

@@ -47,6 +47,12 @@ class Optimizer:
     gradient_scale: ByName = ()
     frozen: str | None = None
 
+    def __post_init__(self):
+        if not self.peak_lr >= 0:
+            raise ValueError(f"{type(self).__name__} wants a peak_lr of at least 0; it got {self.peak_lr}.")
+        if self.clip_norm is not None and not self.clip_norm > 0:
+            raise ValueError(f"{type(self).__name__} wants a clip_norm above 0, or None; it got {self.clip_norm}.")
+
     def learning_rate(self, total_steps: int) -> LearningRate:
         """The rate as a function of the step, in [0, total_steps)."""
         return self.decay(peak_lr=self.peak_lr, warmup_steps=self.warmup_steps, total_steps=total_steps)

@@ -3,6 +3,7 @@
 import json
 import os
 import pathlib
+from collections.abc import Sequence
 from typing import Any
 
 from jmoe.errors import UserError
@@ -12,6 +13,7 @@ from jmoe.train.config_json import differences, to_json
 
 CONFIG = "config.json"
 CHECKPOINTS = "checkpoints"
+SUMMARY = "summary.json"
 # What may change between the parts of a run without changing what it computes.
 _FREE = ("checkpoint", "evaluate", "log_every")
 
@@ -28,7 +30,8 @@ def prepare(workdir: str | os.PathLike[str], config: TrainConfig) -> pathlib.Pat
     new = to_json(config)
     try:
         path.mkdir(parents=True, exist_ok=True)
-        if (path / CONFIG).exists() and latest(path / CHECKPOINTS) is not None:
+        begun = (path / SUMMARY).exists() or latest(path / CHECKPOINTS) is not None
+        if begun and (path / CONFIG).exists():
             _check_same(path, new)
         temporary = path / (CONFIG + ".tmp")
         temporary.write_text(json.dumps(new, indent=2) + "\n")
@@ -38,6 +41,24 @@ def prepare(workdir: str | os.PathLike[str], config: TrainConfig) -> pathlib.Pat
             f"The work folder {workdir} cannot be written: {error.strerror or error}. Choose another --workdir."
         ) from error
     return path
+
+
+def differences_from_run(workdir: str | os.PathLike[str], config: TrainConfig, named: Sequence[str]) -> list[str]:
+    """What a run was trained with and config has otherwise, of all that decides an evaluation.
+
+    Args:
+      workdir: of the run.
+      config: the experiment, as it is to be evaluated.
+      named: dotted paths that were changed on purpose; they and what is below them are no difference.
+    """
+    try:
+        run = json.loads((pathlib.Path(workdir) / CONFIG).read_text())
+    except (OSError, ValueError):
+        return []
+    wanted = to_json(config)
+    compared = ("model", "ema_decay", "loss")
+    found = differences({n: run.get(n) for n in compared}, {n: wanted[n] for n in compared})
+    return [line for line in found if not any(line.startswith((f"{name}.", f"{name}:")) for name in named)]
 
 
 def _check_same(path: pathlib.Path, new: dict[str, Any]) -> None:

@@ -11,7 +11,7 @@ from flax import nnx
 import jmoe
 from jmoe.nn import Mlp
 from jmoe.nn.moe import MoEConfig, MoEMlp
-from jmoe.routing import ExpertChoice, Gating, Routing, Soft, TopK, ZLoss
+from jmoe.routing import ExpertChoice, Gating, Importance, Routing, Soft, TopK, ZLoss
 from tests.drawn import drawn, normal
 from tests.routing import oracle
 from tests.tolerance import tolerance
@@ -394,3 +394,25 @@ def test_a_soft_router_has_no_ragged_form():
 
 def test_experts_are_four_times_as_wide_as_the_model_unless_told():
     assert make(change(hidden_dim=None)).experts.w_in.shape == (E, D, 4 * D)
+
+
+def test_losses_of_one_name_are_added():
+    x = normal(2, 8, 6)
+    group, everywhere = Importance(weight=1.0), Importance(weight=1.0, scope="global")
+
+    def importance(*losses):
+        config = MoEConfig(num_experts=3, hidden_dim=4, images_per_group=1, losses=losses)
+        return MoEMlp(config, 6, rngs=nnx.Rngs(0))(x).losses["importance"]
+
+    np.testing.assert_allclose(importance(group, everywhere), importance(group) + importance(everywhere), rtol=1e-6)
+
+
+def test_what_is_no_router_is_told_what_it_lacks(untyped):
+    with pytest.raises(ValueError, match="wants a router with noise_std, losses, batch_invariant and a call"):
+        MoEConfig(router=dataclasses.make_dataclass("Half", [("noise_std", float, 0.0)], frozen=True)())
+
+
+def test_a_loss_of_experts_is_refused_for_a_soft_router():
+    soft = MoEConfig(num_experts=2, hidden_dim=4, router=Soft(), losses=(Importance(),))
+    with pytest.raises(ValueError, match="A soft router has a logit per slot"):
+        MoEMlp(soft, 6, rngs=nnx.Rngs(0))(normal(2, 8, 6))

@@ -4,6 +4,7 @@ import json
 import os
 import pathlib
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -23,6 +24,7 @@ from jmoe.train.evaluation import evaluate_checkpoint
 from jmoe.train.loop import train
 from jmoe.train.overrides import apply_overrides
 from jmoe.train.state import initial_state, make_optimizer
+from jmoe.train.workdir import differences_from_run
 from tests.train.tiny import tiny_config
 
 
@@ -303,3 +305,50 @@ def test_a_folder_in_which_nothing_was_saved_takes_other_options(tmp_path):
     with pytest.raises(UserError, match="warm"):
         train(apply_overrides(tiny_config(), ["optimizer.warmup_steps=50"]), tmp_path)
     assert train(apply_overrides(tiny_config(), ["steps=3"]), tmp_path).step == 3
+
+
+def test_a_finished_run_is_not_taken_for_another_experiment_when_its_checkpoints_are_gone(finished, tmp_path):
+    workdir, _ = finished
+    copied = tmp_path / "run"
+    subprocess.run(["cp", "-r", str(workdir), str(copied)], check=True)
+    shutil.rmtree(copied / "checkpoints")
+    with pytest.raises(UserError, match="holds another experiment"):
+        train(apply_overrides(tiny_config(), ["model.moe.router=Switch()"]), copied)
+    assert f"saved in         {copied}" in str(train(tiny_config(), copied))
+
+
+@pytest.mark.parametrize(
+    ("changes", "sentence"),
+    [
+        (["evaluate.router=TopK(k=9)"], "TopK has k=9, but there are only num_experts=3"),
+        (["evaluate.router=ExpertChoice(capacity_factor=20.0)"], "ExpertChoice gives each expert .* of a group's"),
+        (["data.batch_size=0"], "DataConfig wants a batch_size of at least 1; it got 0"),
+        (["epochs=1e999", "steps=none"], "finite length"),
+        (["optimizer.clip_norm=-1"], "AdamW wants a clip_norm above 0, or None; it got -1"),
+        (["model.moe.losses=(Balance(scope='grup'),)"], "grup"),
+    ],
+    ids=str,
+)
+def test_what_cannot_be_evaluated_or_makes_no_sense_is_said_before_training(tmp_path, changes, sentence):
+    with pytest.raises(UserError, match=sentence):
+        train(apply_overrides(tiny_config(), changes), tmp_path)
+    assert not (tmp_path / "checkpoints").exists()
+
+
+def test_evaluation_under_impossible_options_is_one_sentence(finished):
+    workdir, _ = finished
+    for change, sentence in (
+        ("model.moe.router=ExpertChoice(capacity_factor=20.0)", "ExpertChoice gives each expert"),
+        ("data.image_size=16", r"has images of \(16, 16, 1\)"),
+    ):
+        with pytest.raises(UserError, match=sentence):
+            evaluate_checkpoint(apply_overrides(tiny_config(), [change]), workdir)
+
+
+def test_differences_from_the_run_are_told_but_for_those_that_were_asked_for(finished):
+    workdir, _ = finished
+    changed = apply_overrides(tiny_config(), ["model.moe.router.k=2", "model.dropout=0.5"])
+    told = differences_from_run(workdir, changed, [])
+    assert sorted(told) == ["model.dropout: 0.1 -> 0.5", "model.moe.router.k: 1 -> 2"]
+    assert differences_from_run(workdir, changed, ["model.moe"]) == ["model.dropout: 0.1 -> 0.5"]
+    assert differences_from_run(workdir, tiny_config(), []) == []
