@@ -4,7 +4,7 @@ The folder holds train/<class>/*.jpg and test/<class>/*.jpg. Any other will do w
 model.num_classes.
 
 Run:      jmoe train experiments/cifar10_vmoe.py --workdir runs/cifar10 --set data.source.path=data/cifar10
-Expected: 57.3 % (one seed) in about 10 minutes on two cores; see experiments/README.md.
+Expected: 57.3 % (one seed) in 24 minutes beside other work; see experiments/README.md.
 Differs from the paper: trained from scratch on 50,000 small images, one expert per token, for 5 epochs.
 """
 

@@ -4,7 +4,7 @@ Run:      jmoe train experiments/digits_batch_priority.py --workdir runs/digits_
 Then:     jmoe evaluate experiments/digits_batch_priority.py --workdir runs/digits_batch_priority \
               --set model.moe.router.capacity_factor=0.25 --set model.moe.router.batch_priority=false
 Expected: 98.1 % at a capacity factor of 1 and 96.1 % at 0.25 (91.3 % without batch priority), means of 3 seeds; see
-  experiments/README.md for the whole curve, which experiments/capacity_curve.py makes. About 90 s on two busy cores.
+  experiments/README.md for the whole curve, which experiments/capacity_curve.py makes. Its time was not measured.
 """
 
 import pathlib

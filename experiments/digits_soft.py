@@ -1,7 +1,7 @@
 """digits_vmoe.py with soft mixing (Soft MoE): every slot is a weighted mean of an image's tokens.
 
 Run:      jmoe train experiments/digits_soft.py --workdir runs/digits_soft
-Expected: 98.2 % (mean of 3 seeds) in about 70 s on two cores; see experiments/README.md.
+Expected: 98.2 % (mean of 3 seeds) in 71 s beside other work; see experiments/README.md.
 """
 
 import pathlib

@@ -1,7 +1,7 @@
 """V-MoE on scikit-learn's handwritten digits: 8 experts in every second of 4 blocks, one expert per token.
 
 Run:      jmoe train experiments/digits_vmoe.py --workdir runs/digits_vmoe
-Expected: 98.7 % (mean of 3 seeds) in about 60 s on two cores; see experiments/README.md.
+Expected: 98.7 % (mean of 3 seeds) in 61 s on two cores; see experiments/README.md.
 Differs from the paper: images of 8 by 8 pixels in patches of 2; one expert per token; capacity is not rounded up to a
   multiple of 4, because a group has only 136 tokens; experts start independently; learned positions start larger.
 """
