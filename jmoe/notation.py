@@ -7,6 +7,7 @@
     C  slots per expert and group (capacity)
     A  assignments per group (S * K, or E * C when experts choose)
     P  slots per expert of a soft router (its C)
+    M  members of an efficient ensemble
     N  rows of a flat array: all tokens, or all slots of one expert
 
 A capital letter as a local variable is one of these, straight from a shape: `G, S, E = gates.shape`. Kernels keep the

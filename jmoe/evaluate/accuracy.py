@@ -10,6 +10,7 @@ import numpy as np
 from flax import nnx
 
 from jmoe.models.vit import VisionTransformer
+from jmoe.nn.ensemble import Likelihood, prediction_loss, predictions
 from jmoe.notation import Array, Bool, Float, Int, UInt8
 
 
@@ -18,8 +19,9 @@ class Evaluation:
     """What a model did on a set of images.
 
     Attributes:
-      accuracy: share, from 0 to 1, of images whose label is the first prediction.
-      loss: mean over images of the loss, without auxiliary losses.
+      accuracy: share, from 0 to 1, of images whose label is the first prediction; an ensemble predicts by the mean of
+        its members' probabilities.
+      loss: mean over images of the loss, without auxiliary losses; of an ensemble, that of the mean probability.
       images: how many there were.
       dropped_tokens: share of tokens that got no slot, mean over the sparse blocks; 0.0 for a dense model.
       dropped_assignments: share of choices that got no slot, likewise.
@@ -51,7 +53,9 @@ class Evaluation:
         return dataclasses.asdict(self)
 
 
-def scale_pixels(images: UInt8[Array, "B Y X channels"]) -> Float[Array, "B Y X channels"]:
+def scale_pixels(
+    images: UInt8[Array, "B Y X channels"] | Float[Array, "B Y X channels"],
+) -> Float[Array, "B Y X channels"]:
     """Maps 0 ... 255 to -1 ... 1, as models here are trained on."""
     return images.astype(jnp.float32) / 127.5 - 1.0
 
@@ -59,17 +63,17 @@ def scale_pixels(images: UInt8[Array, "B Y X channels"]) -> Float[Array, "B Y X 
 def evaluate(
     model: VisionTransformer,
     batches: Iterable[dict[str, np.ndarray]],
-    loss: Callable[[Array, Array], Array],
+    likelihood: Likelihood = "softmax",
 ) -> Evaluation:
     """Classifies all images of some batches, once; `make_evaluator` compiles for many times.
 
     Args and errors as there.
     """
     graph, state = nnx.split(model)
-    return make_evaluator(graph, loss)(batches, state)
+    return make_evaluator(graph, likelihood, model.config.members)(batches, state)
 
 
-def make_evaluator(graph: nnx.GraphDef, loss: Callable[[Array, Array], Array]) -> Callable[..., Evaluation]:
+def make_evaluator(graph: nnx.GraphDef, likelihood: Likelihood, members: int = 1) -> Callable[..., Evaluation]:
     """Returns (batches, *states) -> Evaluation for the model of a graph.
 
     Routers see groups of images, so the batch size and the order of images can change the result a little where
@@ -77,23 +81,22 @@ def make_evaluator(graph: nnx.GraphDef, loss: Callable[[Array, Array], Array]) -
 
     Args:
       graph: of a VisionTransformer; merged with the states it is the model.
-      loss: (logits [B, num_classes], labels one-hot) -> [B].
+      likelihood: the loss: "softmax" or "sigmoid" cross-entropy.
+      members: M of an ensemble.
 
     Returns:
-      a function of batches, each with "image" [B, Y, X, channels] uint8, "label" [B] and "mask" [B], False for what
-      fills up the last batch; it raises ValueError if there is no image.
+      a function of batches, each with "image" [B, Y, X, channels] (uint8, or float32 from 0 to 255), "label" [B] and
+      "mask" [B], False for what fills up the last batch; it raises ValueError if there is no image.
     """
 
     @jax.jit
-    def count(
-        states: Any, image: UInt8[Array, "B Y X channels"], label: Int[Array, " B"], mask: Bool[Array, " B"]
-    ) -> dict[str, Any]:
+    def count(states: Any, image: Array, label: Int[Array, " B"], mask: Bool[Array, " B"]) -> dict[str, Any]:
         output = nnx.merge(graph, *states)(scale_pixels(image), mask=mask)
         one_hot = jax.nn.one_hot(label, output.logits.shape[-1])
         images = jnp.sum(mask)
         return {
-            "correct": jnp.sum((jnp.argmax(output.logits, axis=-1) == label) & mask),
-            "loss": jnp.sum(jnp.where(mask, loss(output.logits, one_hot), 0.0)),
+            "correct": jnp.sum((predictions(output.logits, members, likelihood) == label) & mask),
+            "loss": jnp.sum(jnp.where(mask, prediction_loss(output.logits, one_hot, members, likelihood), 0.0)),
             "images": images,
             # What a router did is a mean over the batch's real images; it counts by their number.
             "blocks": jax.tree.map(lambda metric: metric * images, output.metrics),

@@ -12,6 +12,7 @@ from flax import nnx
 
 from jmoe.nn.attention import AttentionPool
 from jmoe.nn.block import Block
+from jmoe.nn.ensemble import repeat_members
 from jmoe.nn.mlp import drop
 from jmoe.nn.moe import MoEConfig
 from jmoe.nn.patches import PatchEmbedding, patch_grid, sincos2d
@@ -39,6 +40,7 @@ class ViTConfig:
       pool: how tokens become one vector: a class "token" of their own, the "mean", attention ("map"), or the "first".
       positions: "learned" (the class token has one, too), fixed "sincos2d" (it has none), or "none".
       position_std: standard deviation of learned positions at the start; 0.02 as published.
+      position_temperature: of sincos2d, whose lowest frequency is 1 / temperature per patch; 10,000 as published.
       representation_dim: width of a tanh layer before the head (pre-logits); None for no such layer.
       head_bias: initial bias of the head; None for -log(num_classes), as published.
       head_zero: whether the head's kernel starts at zero, as published, or LeCun-normal.
@@ -60,6 +62,7 @@ class ViTConfig:
     pool: Pool = "token"
     positions: Positions = "learned"
     position_std: float = 0.02
+    position_temperature: float = 10_000.0
     representation_dim: int | None = None
     head_bias: float | None = None
     head_zero: bool = True
@@ -79,6 +82,8 @@ class ViTConfig:
                 raise ValueError(f"ViTConfig wants {name} to be one of {known}; it got {getattr(self, name)!r}.")
         if self.width % self.num_heads:
             raise ValueError(f"num_heads={self.num_heads} does not divide width={self.width}.")
+        if not self.position_temperature > 1:
+            raise ValueError(f"ViTConfig wants a position_temperature above 1; it got {self.position_temperature}.")
         if self.num_classes is not None and self.num_classes < 1:
             raise ValueError(f"ViTConfig wants num_classes of at least 1, or None; it got {self.num_classes}.")
         if not 0 <= self.dropout < 1:
@@ -100,6 +105,11 @@ class ViTConfig:
     def moe_layers(self) -> tuple[int, ...]:
         """The sparse blocks, counted from 0."""
         return () if self.moe is None else place(self.moe.layers, self.depth)
+
+    @property
+    def members(self) -> int:
+        """M of an efficient ensemble; 1 for a single network."""
+        return 1 if self.moe is None else self.moe.members
 
 
 def place(layers: str | tuple[int, ...], depth: int) -> tuple[int, ...]:
@@ -136,8 +146,11 @@ def place(layers: str | tuple[int, ...], depth: int) -> tuple[int, ...]:
 class Output:
     """What a vision transformer computed.
 
+    For an ensemble of M members, B of the arrays counts copies: M rows for each image, one after the other.
+
     Attributes:
-      logits: [B, num_classes] float32; the features where there is no head.
+      logits: [B, num_classes] float32; the features where there is no head. See jmoe.nn.ensemble for what the members
+        say together.
       features: [B, D] (or [B, representation_dim]) what the head reads, for few-shot evaluation.
       losses: the weighted auxiliary losses by name, each summed over the sparse blocks.
       metrics: the metrics of each sparse block, by the number of the block.
@@ -152,7 +165,11 @@ class Output:
 
 
 class VisionTransformer(nnx.Module):
-    """Patches, positions, blocks, and a head; the MLPs of config.moe_layers are sparse."""
+    """Patches, positions, blocks, and a head; the MLPs of config.moe_layers are sparse.
+
+    The members of an ensemble share all blocks before the first sparse one, where every image is copied M times (E3,
+    arXiv:2110.03360), and differ after it by their experts.
+    """
 
     def __init__(self, config: ViTConfig, *, rngs: nnx.Rngs):
         """Makes the parameters in float32; the stream "params" of rngs is used."""
@@ -233,6 +250,9 @@ class VisionTransformer(nnx.Module):
         metrics, routing = {}, {}
         apply = nnx.remat(_apply_block) if config.remat else _apply_block
         for i, block in enumerate(self.blocks):
+            if config.members > 1 and i == config.moe_layers[0]:
+                x = repeat_members(x, config.members)
+                token_mask = None if token_mask is None else repeat_members(token_mask, config.members)
             x, sparse = apply(block, x, token_mask, keys[i])
             if sparse is not None:
                 for name, loss in sparse.losses.items():
@@ -254,7 +274,7 @@ class VisionTransformer(nnx.Module):
         B, H, W, D = x.shape
         x = x.reshape(B, H * W, D)
         if config.positions == "sincos2d":
-            x += sincos2d(H, W, D)[None].astype(x.dtype)
+            x += sincos2d(H, W, D, config.position_temperature)[None].astype(x.dtype)
         if config.pool == "token":
             cls = jnp.broadcast_to(self.cls[...].astype(x.dtype), (B, 1, D))
             x = jnp.concatenate([cls, x], axis=1)

@@ -9,21 +9,39 @@ from jmoe.routing import Gating, Router, Soft, Switch, gating
 
 
 class LinearGate(nnx.Module):
-    """One logit per expert, linear in the token and without bias (V-MoE, eq. 2), with noise or jitter in training."""
+    """One logit per expert, linear in the token and without bias (V-MoE, eq. 2), with noise or jitter in training.
 
-    def __init__(self, D: int, num_experts: int, *, noise_std: float = 1.0, jitter: float = 0.0, rngs: nnx.Rngs):
-        """Makes the kernel [D, E], drawn LeCun-normal.
+    In an ensemble of M members (E3, arXiv:2110.03360, section 4) each member has a kernel for its own E / M experts,
+    and reads its own copy of every token.
+    """
+
+    def __init__(
+        self,
+        D: int,
+        num_experts: int,
+        *,
+        noise_std: float = 1.0,
+        jitter: float = 0.0,
+        members: int = 1,
+        rngs: nnx.Rngs,
+    ):
+        """Makes the kernel [D, E], or [D, M, E / M] for an ensemble, drawn LeCun-normal.
 
         Args:
           D: model width.
           num_experts: E.
-          noise_std: of the normal noise added to the logits in training, in units of 1 / E.
+          noise_std: of the normal noise added to the logits in training, in units of 1 / E (of a member's E / M).
           jitter: in training the tokens are multiplied by uniform draws from [1 - jitter, 1 + jitter].
+          members: M, 1 for no ensemble; divides E.
           rngs: its stream "params" is used.
         """
-        self.kernel = nnx.Param(nnx.initializers.lecun_normal()(rngs.params(), (D, num_experts), jnp.float32))
-        self.sigma = noise_std / num_experts
+        experts = num_experts // members
+        shape = (D, experts) if members == 1 else (D, members, experts)
+        init = nnx.initializers.lecun_normal(in_axis=0, out_axis=tuple(range(1, len(shape))))
+        self.kernel = nnx.Param(init(rngs.params(), shape, jnp.float32))
+        self.sigma = noise_std / experts
         self.jitter = jitter
+        self.members = members
 
     def __call__(
         self,
@@ -32,13 +50,24 @@ class LinearGate(nnx.Module):
         mask: Bool[Array, "G S"] | None = None,
         key: PRNGKeyArray | None = None,
     ) -> Gating:
-        """Gates groups of tokens; without a key there is neither noise nor jitter."""
+        """Gates groups of tokens; without a key there is neither noise nor jitter.
+
+        In a group of an ensemble, the M copies of a token follow each other.
+        """
         tokens = tokens.astype(jnp.float32)
         if key is not None and self.jitter > 0:
             key, jitter_key = jax.random.split(key)
             tokens *= jax.random.uniform(jitter_key, tokens.shape, minval=1 - self.jitter, maxval=1 + self.jitter)
-        logits = jnp.einsum("GSD,DE->GSE", tokens, self.kernel[...], precision="highest")
-        return gating(logits, sigma=self.sigma, key=key, mask=mask)
+        if self.members == 1:
+            logits = jnp.einsum("GSD,DE->GSE", tokens, self.kernel[...], precision="highest")
+            return gating(logits, sigma=self.sigma, key=key, mask=mask)
+        M, (G, S, D) = self.members, tokens.shape
+        copies = tokens.reshape(G, S // M, M, D)
+        logits = jnp.einsum("GNMD,DME->GMNE", copies, self.kernel[...], precision="highest")
+        logits = logits.reshape(G * M, S // M, -1)
+        if mask is not None:
+            mask = mask.reshape(G, S // M, M).swapaxes(1, 2).reshape(G * M, S // M)
+        return gating(logits, sigma=self.sigma, key=key, mask=mask, members=M)
 
 
 class SlotGate(nnx.Module):
@@ -78,10 +107,10 @@ def unit(x: Float[Array, "..."], axis: int) -> Float[Array, "..."]:
     return x * jax.lax.rsqrt(jnp.sum(jnp.square(x), axis=axis, keepdims=True) + 1e-6)
 
 
-def default_gate(router: Router, D: int, num_experts: int, *, rngs: nnx.Rngs) -> nnx.Module:
+def default_gate(router: Router, D: int, num_experts: int, *, members: int = 1, rngs: nnx.Rngs) -> nnx.Module:
     """The gate that was published with a router; linear with the router's noise for one of your own."""
     if isinstance(router, Soft):
         options = {"slots_per_expert": router.slots_per_expert, "noise_std": router.noise_std}
         return SlotGate(D, num_experts, **options, rngs=rngs)
     jitter = router.jitter if isinstance(router, Switch) else 0.0
-    return LinearGate(D, num_experts, noise_std=router.noise_std, jitter=jitter, rngs=rngs)
+    return LinearGate(D, num_experts, noise_std=router.noise_std, jitter=jitter, members=members, rngs=rngs)

@@ -4,17 +4,18 @@ import dataclasses
 import logging
 import typing
 from collections.abc import Callable, Iterable
-from typing import Any
+from typing import Any, Literal
 
 import jax
+import jax.numpy as jnp
 from flax import nnx
 
 from jmoe.dispatch import Method, Ragged, combine, dispatch, resolve
 from jmoe.nn.gate import default_gate
-from jmoe.nn.groups import from_groups, group_length, say_once, to_groups
+from jmoe.nn.groups import from_groups, group_length, interleave_members, say_once, separate_members, to_groups
 from jmoe.nn.mlp import ExpertInit, ExpertMlp
 from jmoe.notation import Array, Bool, Float, PRNGKeyArray
-from jmoe.routing import Decision, Loss, Router, TopK, routing_metrics
+from jmoe.routing import Decision, Loss, Router, TopK, decide, routing_metrics
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -33,6 +34,10 @@ class MoEConfig:
       expert_init: "identical" as published, or "independent".
       losses: auxiliary losses with their weights; None for those published with the router.
       method: how tokens move: "gather", "einsum", "ragged", or "auto".
+      exchange_dtype: "bfloat16" rounds tokens on their way to the experts and back, as published; None leaves them as
+        they are. Combine weights and sums are float32 either way.
+      members: M of an efficient ensemble (E3, arXiv:2110.03360): each member has E / M experts of its own and sees its
+        own copy of every image. It wants a router in which tokens choose. 1 for no ensemble.
       gate: makes the gate, called as gate(D, num_experts, rngs=rngs), with noise or jitter of its own; None for the
         one published with the router. An experiment needs a frozen dataclass, which can be saved with the run.
     """
@@ -47,10 +52,12 @@ class MoEConfig:
     expert_init: ExpertInit = "identical"
     losses: tuple[Loss, ...] | None = None
     method: Method = "auto"
+    exchange_dtype: Literal["bfloat16"] | None = None
+    members: int = 1
     gate: Callable[..., Any] | None = None
 
     def __post_init__(self):
-        for name in ("num_experts", "hidden_dim", "images_per_group", "group_size"):
+        for name in ("num_experts", "hidden_dim", "images_per_group", "group_size", "members"):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ValueError(f"MoEConfig wants {name} of at least 1; it got {value}.")
@@ -60,15 +67,24 @@ class MoEConfig:
             raise ValueError(f"MoEConfig wants expert_init 'identical' or 'independent'; it got {self.expert_init!r}.")
         if self.method not in typing.get_args(Method):
             raise ValueError(f"MoEConfig wants method 'auto', 'einsum', 'gather' or 'ragged'; it got {self.method!r}.")
+        if self.exchange_dtype not in (None, "bfloat16"):
+            raise ValueError(f"MoEConfig wants exchange_dtype 'bfloat16' or None; it got {self.exchange_dtype!r}.")
         if not isinstance(self.router, Router):
             raise ValueError(
                 f"MoEConfig wants a router with noise_std, losses, batch_invariant and a call, as jmoe.routing.Router "
                 f"lists them; {type(self.router).__name__} lacks one. See the README on adding a router."
             )
-        if isinstance(self.router, TopK) and self.router.k > self.num_experts:
+        if self.num_experts % self.members:
             raise ValueError(
-                f"TopK has k={self.router.k}, but there are only num_experts={self.num_experts}. "
-                f"Choose k from 1 to {self.num_experts}."
+                f"An ensemble of members={self.members} wants as many experts for each: num_experts={self.num_experts} "
+                f"is not a multiple of {self.members}."
+            )
+        experts = self.num_experts // self.members
+        if isinstance(self.router, TopK) and self.router.k > experts:
+            owner = "" if self.members == 1 else f" for each of {self.members} members"
+            raise ValueError(
+                f"TopK has k={self.router.k}, but there are only {experts} experts{owner} "
+                f"(num_experts={self.num_experts}). Choose k from 1 to {experts}."
             )
 
 
@@ -107,7 +123,7 @@ class MoEMlp(nnx.Module):
           rngs: its stream "params" is used.
         """
         E = config.num_experts
-        self.gate = (config.gate or _default(config.router))(D, E, rngs=rngs)
+        self.gate = (config.gate or _default(config))(D, E, rngs=rngs)
         self.experts = ExpertMlp(
             E,
             D,
@@ -129,7 +145,8 @@ class MoEMlp(nnx.Module):
         """Applies the layer.
 
         Args:
-          x: [B, T, D] tokens of B images, float32 or bfloat16.
+          x: [B, T, D] tokens of B images, float32 or bfloat16. In an ensemble B counts copies, and the M copies of
+            an image follow each other.
           mask: [B, T], False for padding: never routed, takes no slot, counts in no loss or metric, and comes back
             as zeros.
           key: randomness of training (noise of the gate, dropout); None for evaluation, which has neither.
@@ -138,22 +155,30 @@ class MoEMlp(nnx.Module):
           a MoEOutput; y has the dtype of x.
 
         Raises:
-          ValueError: the router cannot route such groups (no slot for an expert, say).
+          ValueError: the router cannot route such groups (no slot for an expert, say), or the groups do not fit the
+            members of an ensemble.
         """
         config = self.config
         B, T, _ = x.shape
         gate_key, dropout_key = (None, None) if key is None else jax.random.split(key)
         S = group_length(B, T, group_size=config.group_size, images_per_group=config.images_per_group)
+        M = config.members
+        if M > 1:
+            if B % M or S % M:
+                raise ValueError(
+                    f"An ensemble of {M} members wants {M} copies of every image, and whole tokens in a group: "
+                    f"it got {B} images and groups of {S} tokens, which must be multiples of {M}."
+                )
+            x, mask = interleave_members(x, M), None if mask is None else interleave_members(mask, M)
         tokens, mask = to_groups(x, mask, S)  # [G, S, D]
         gating = self.gate(tokens, mask=mask, key=gate_key)
-        scores = gating.noisy_logits if gating.noisy_logits.ndim == 4 else gating.gates  # soft routers read logits
-        decision = config.router(scores, mask=mask)
+        decision = decide(config.router, gating)
 
         method = resolve(config.method, decision)
         if config.method == "auto":
             name = type(config.router).__name__
             say_once(f"Dispatch 'auto' is {method!r} for {name} in groups of {S} tokens.", logging.INFO)
-        slots = dispatch(tokens, decision, method)
+        slots = dispatch(_rounded(tokens, config.exchange_dtype), decision, method)
         if isinstance(slots, Ragged):
             outputs = self.experts.ragged(slots.rows, slots.group_sizes, key=dropout_key)
         else:
@@ -161,7 +186,8 @@ class MoEMlp(nnx.Module):
             E, G, C, D = slots.shape
             outputs = self.experts(slots.reshape(E, G * C, D), key=dropout_key)
             outputs = outputs.reshape(E, G, C, D).swapaxes(0, 1)
-        y = from_groups(combine(outputs, decision, method), B, T).astype(x.dtype)
+        y = from_groups(combine(_rounded(outputs, config.exchange_dtype), decision, method), B // M, T * M)
+        y = (y if M == 1 else separate_members(y, M)).astype(x.dtype)
 
         losses = config.router.losses if config.losses is None else config.losses
         return MoEOutput(
@@ -180,5 +206,13 @@ def _by_name(losses: Iterable[tuple[str, Array]]) -> dict[str, Array]:
     return total
 
 
-def _default(router: Router) -> Callable[..., nnx.Module]:
-    return lambda D, num_experts, *, rngs: default_gate(router, D, num_experts, rngs=rngs)
+def _rounded(x: Float[Array, "..."], dtype: str | None) -> Float[Array, "..."]:
+    """Values that dtype can hold, in the dtype of x; the gradient is rounded as well."""
+    # Not a cast to and fro: XLA may leave out a pair of those.
+    return x if dtype is None else jax.lax.reduce_precision(x, jnp.finfo(dtype).nexp, jnp.finfo(dtype).nmant)
+
+
+def _default(config: MoEConfig) -> Callable[..., nnx.Module]:
+    return lambda D, num_experts, *, rngs: default_gate(
+        config.router, D, num_experts, members=config.members, rngs=rngs
+    )

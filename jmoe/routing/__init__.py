@@ -15,6 +15,7 @@ from jmoe.routing.losses import Loss as Loss
 from jmoe.routing.losses import ZLoss as ZLoss
 from jmoe.routing.metrics import routing_metrics as routing_metrics
 from jmoe.routing.router import Router as Router
+from jmoe.routing.router import decide as decide
 from jmoe.routing.soft import Soft as Soft
 from jmoe.routing.switch import Switch as Switch
 from jmoe.routing.top_k import TopK as TopK

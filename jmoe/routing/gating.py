@@ -15,17 +15,22 @@ from jmoe.notation import Array, Bool, Float, PRNGKeyArray
 class Gating:
     """Everything that losses and metrics read of a gate.
 
+    In an efficient ensemble of M members each member is gated on its own: then G counts groups times members (the
+    members of a group follow each other), S the tokens and E the experts of one member.
+
     Attributes:
       logits: [G, S, E] float32, without noise.
       noisy_logits: [G, S, E] float32, what was routed on; the same array as logits where there is no noise.
       mask: [G, S], False for padding; None if every token is real.
       sigma: standard deviation of the noise in noisy_logits, 0.0 for none.
+      members: M, 1 for no ensemble.
     """
 
     logits: Float[Array, "G S E"]
     noisy_logits: Float[Array, "G S E"]
     mask: Bool[Array, "G S"] | None = None
     sigma: float = dataclasses.field(default=0.0, metadata={"static": True})
+    members: int = dataclasses.field(default=1, metadata={"static": True})
 
     @property
     def gates(self) -> Float[Array, "G S E"]:
@@ -37,12 +42,35 @@ class Gating:
         """Softmax over all experts of the logits without noise."""
         return jax.nn.softmax(self.logits, axis=-1)
 
+    @property
+    def group_gates(self) -> Float[Array, "G S E"]:
+        """The gates of whole groups, as routers read them: of all experts, 0 for those of another member.
+
+        In a group of an ensemble the M copies of a token follow each other, and member m has experts m * E / M to
+        (m + 1) * E / M (E3, arXiv:2110.03360, section 4).
+        """
+        if self.members == 1:
+            return self.gates
+        M, (rows, N, F) = self.members, self.gates.shape
+        own = jnp.eye(M, dtype=bool)[None, None, :, :, None]
+        gates = self.gates.reshape(rows // M, M, N, F).swapaxes(1, 2)  # [G, S / M, M, E / M]
+        return jnp.where(own, gates[:, :, :, None], 0.0).reshape(rows // M, N * M, M * F)
+
+    @property
+    def group_mask(self) -> Bool[Array, "G S"] | None:
+        """The mask of whole groups."""
+        if self.members == 1 or self.mask is None:
+            return self.mask
+        rows, N = self.mask.shape
+        return self.mask.reshape(rows // self.members, self.members, N).swapaxes(1, 2).reshape(-1, N * self.members)
+
 
 def add_noise(
     logits: Float[Array, "G S ..."],
     noise: Float[Array, "G S ..."],
     sigma: float,
     mask: Bool[Array, "G S"] | None = None,
+    members: int = 1,
 ) -> Gating:
     """Adds normal noise to the logits (V-MoE, section 2.1).
 
@@ -51,8 +79,9 @@ def add_noise(
       noise: standard normal draws of the same shape.
       sigma: standard deviation of what is added; 1 / E as published.
       mask: [G, S], False for padding.
+      members: M of an ensemble, see `Gating`.
     """
-    return Gating(logits=logits, noisy_logits=logits + sigma * noise, mask=mask, sigma=sigma)
+    return Gating(logits=logits, noisy_logits=logits + sigma * noise, mask=mask, sigma=sigma, members=members)
 
 
 def gating(
@@ -61,8 +90,9 @@ def gating(
     sigma: float = 0.0,
     key: PRNGKeyArray | None = None,
     mask: Bool[Array, "G S"] | None = None,
+    members: int = 1,
 ) -> Gating:
     """Draws the noise of `add_noise` from key; without a key or with sigma 0 there is none."""
     if key is None or sigma == 0:
-        return Gating(logits=logits, noisy_logits=logits, mask=mask)
-    return add_noise(logits, jax.random.normal(key, logits.shape, jnp.float32), sigma, mask)
+        return Gating(logits=logits, noisy_logits=logits, mask=mask, members=members)
+    return add_noise(logits, jax.random.normal(key, logits.shape, jnp.float32), sigma, mask, members)

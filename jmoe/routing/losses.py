@@ -216,7 +216,7 @@ def check_scope(scope: str) -> None:
 
 
 def in_scope(gating: Gating, scope: Scope) -> Gating:
-    """The same gating, as one group of all tokens where the scope is global.
+    """The same gating, as one group of all tokens (of a member, in an ensemble) where the scope is global.
 
     Raises:
       ValueError: the gating is of a soft router, for which none of these losses is defined.
@@ -225,7 +225,12 @@ def in_scope(gating: Gating, scope: Scope) -> Gating:
         raise ValueError("A soft router has a logit per slot; importance, balance and z losses want one per expert.")
     if scope == "group":
         return gating
-    return jax.tree.map(lambda a: a.reshape(1, a.shape[0] * a.shape[1], *a.shape[2:]), gating)
+    M = gating.members
+
+    def together(a: Array) -> Array:
+        return a.reshape(-1, M, *a.shape[1:]).swapaxes(0, 1).reshape(M, -1, *a.shape[2:])
+
+    return jax.tree.map(together, gating)
 
 
 def mean_over_groups(values: Float[Array, " G"], mask: Bool[Array, "G S"] | None) -> Float32[Array, ""]:

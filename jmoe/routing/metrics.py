@@ -63,7 +63,7 @@ def routing_metrics(gating: Gating, decision: Decision) -> dict[str, Array]:
 
     For a Mixing, nothing is dropped, and entropy and confidence are those of a token's weights over all slots.
     """
-    mask = gating.mask
+    mask = gating.group_mask
     load = expert_load(decision, mask)
     if isinstance(decision, Mixing):
         gates = decision.combine.reshape(*decision.combine.shape[:2], -1)
@@ -78,8 +78,8 @@ def routing_metrics(gating: Gating, decision: Decision) -> dict[str, Array]:
     metrics = dropped | {
         "expert_load": load,
         "load_variation": jnp.sqrt(squared_variation(load)),
-        "entropy": gate_entropy(gates, mask),
-        "confidence": gate_confidence(gates, mask),
+        "entropy": gate_entropy(gates, gating.mask),
+        "confidence": gate_confidence(gates, gating.mask),
     }
     return jax.lax.stop_gradient(metrics)
 

@@ -1,15 +1,19 @@
 """What a router is: a frozen dataclass with these members. There is no base class to inherit."""
 
-from typing import Protocol, runtime_checkable
+from typing import Any, Protocol, runtime_checkable
 
 from jmoe.notation import Array, Bool, Float
 from jmoe.routing.decision import Decision
+from jmoe.routing.gating import Gating
 from jmoe.routing.losses import Loss
 
 
 @runtime_checkable
 class Router(Protocol):
-    """A router's fields are its options, its call is the algorithm."""
+    """A router's fields are its options, its call is the algorithm.
+
+    One that needs something else of the gate than its gates says so by a class attribute `takes`; see `decide`.
+    """
 
     @property
     def noise_std(self) -> float:
@@ -29,3 +33,27 @@ class Router(Protocol):
     def __call__(self, gates: Float[Array, "G S E"], *, mask: Bool[Array, "G S"] | None = None) -> Decision:
         """Decides where the tokens of each group go; mask is False for padding, which goes nowhere."""
         ...
+
+
+def decide(router: Any, gating: Gating) -> Decision:
+    """Calls a router with what it takes of a gate.
+
+    That is the gates [G, S, E] (and the mask), unless the router has a class attribute `takes`: "logits" for the noisy
+    logits (and the mask), or "gating" for the whole record, which an ensemble does not have.
+
+    Raises:
+      ValueError: the router takes what the gate of an ensemble cannot give, or something unknown.
+    """
+    takes = getattr(router, "takes", "gates")
+    if takes == "gates":
+        return router(gating.group_gates, mask=gating.group_mask)
+    if gating.members > 1:
+        raise ValueError(
+            f"{type(router).__name__} cannot route the {gating.members} members of an ensemble; use one in which every "
+            "token chooses among the experts of its member, such as TopK."
+        )
+    if takes == "logits":
+        return router(gating.noisy_logits, mask=gating.mask)
+    if takes == "gating":
+        return router(gating)
+    raise ValueError(f"{type(router).__name__}.takes must be 'gates', 'logits' or 'gating'; it is {takes!r}.")

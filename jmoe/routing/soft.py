@@ -25,6 +25,7 @@ class Soft:
 
     slots_per_expert: int = 1
     noise_std: float = 0.0
+    takes = "logits"
 
     def __post_init__(self):
         if self.slots_per_expert < 1:

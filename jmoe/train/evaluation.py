@@ -17,7 +17,6 @@ from jmoe.train.checkpoint import Checkpointer
 from jmoe.train.checks import check_classes, check_images, readable
 from jmoe.train.config import TrainConfig
 from jmoe.train.state import TrainState, graph_of, initial_state, make_model
-from jmoe.train.step import LOSSES
 from jmoe.train.workdir import CHECKPOINTS
 
 
@@ -33,7 +32,7 @@ def evaluator_of(config: TrainConfig) -> Callable[[TrainState], Evaluation]:
         # Traced once on nothing, so that what cannot be routed is said before hours of training.
         shape = (batch_size, *config.model.image_size, config.model.channels)
         jax.eval_shape(lambda: make_model(config)(jnp.zeros(shape)).logits)
-    evaluate = make_evaluator(graph_of(config), LOSSES[config.loss])
+    evaluate = make_evaluator(graph_of(config), config.loss, config.model.members)
 
     def evaluator(state: TrainState) -> Evaluation:
         params = state.params if state.average is None else state.average

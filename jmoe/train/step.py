@@ -11,11 +11,10 @@ from flax import nnx
 
 from jmoe.evaluate.accuracy import scale_pixels
 from jmoe.models.vit import Output
+from jmoe.nn.ensemble import repeat_members, task_loss
 from jmoe.train.config import TrainConfig
-from jmoe.train.objective import mixup, sigmoid_cross_entropy, softmax_cross_entropy
+from jmoe.train.mixup import mixup
 from jmoe.train.state import TrainState
-
-LOSSES = {"softmax": softmax_cross_entropy, "sigmoid": sigmoid_cross_entropy}
 
 Batch = dict[str, Any]
 Metrics = dict[str, jax.Array]
@@ -42,7 +41,8 @@ def make_step(
             images, targets = mixup(mixup_key, images, targets, config.mixup)
         model = nnx.merge(graph, params, variables)
         output: Output = model(images, key=model_key)
-        task = jnp.mean(LOSSES[config.loss](output.logits, targets))
+        targets = repeat_members(targets, config.model.members)  # every member learns for itself
+        task = jnp.mean(task_loss(output.logits, targets, config.loss))
         total = task + sum(output.losses.values())
         metrics = {"loss": total, "loss/task": task}
         metrics |= {f"loss/{name}": value for name, value in output.losses.items()}

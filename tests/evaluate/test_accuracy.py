@@ -7,7 +7,6 @@ from flax import nnx
 from jmoe import MoEConfig, TopK
 from jmoe.evaluate import evaluate
 from jmoe.models import vit
-from jmoe.train.objective import softmax_cross_entropy
 
 IMAGES = 13
 
@@ -53,7 +52,7 @@ def test_each_image_counts_once_whatever_the_batch_size(model, data):
     logits = np.asarray(model(jnp.asarray(images, jnp.float32) / 127.5 - 1).logits, np.float64)
     log_p = logits - np.log(np.exp(logits).sum(-1, keepdims=True))
     for size in (4, 5, 13):
-        result = evaluate(model, batches(images, labels, size), softmax_cross_entropy)
+        result = evaluate(model, batches(images, labels, size), "softmax")
         assert result.images == IMAGES
         assert result.accuracy == pytest.approx((logits.argmax(-1) == labels).mean())
         assert result.loss == pytest.approx(-log_p[np.arange(IMAGES), labels].mean(), rel=1e-5)
@@ -67,14 +66,14 @@ def test_garbage_in_masked_images_changes_nothing(model, data):
     other = [dict(batch) for batch in one]
     other[-1] = {**other[-1], "image": np.where(other[-1]["mask"][:, None, None, None], other[-1]["image"], 200)}
     other[-1]["image"] = other[-1]["image"].astype(np.uint8)
-    assert evaluate(model, one, softmax_cross_entropy) == evaluate(model, other, softmax_cross_entropy)
+    assert evaluate(model, one, "softmax") == evaluate(model, other, "softmax")
 
 
 def test_no_image_is_an_error(model):
     with pytest.raises(ValueError, match="There is no image to evaluate on"):
-        evaluate(model, [], softmax_cross_entropy)
+        evaluate(model, [])
 
 
 def test_results_are_plain_data(model, data):
-    result = evaluate(model, batches(*data, 13), softmax_cross_entropy).to_json()
+    result = evaluate(model, batches(*data, 13), "softmax").to_json()
     assert all(isinstance(leaf, int | float) for leaf in jax.tree.leaves(result))

@@ -13,7 +13,7 @@ import numpy as np
 from hypothesis import strategies
 
 from jmoe.dispatch import einsum
-from jmoe.routing import Decision, ExpertChoice, Gating, Routing, Soft, Switch, TopK, routing_metrics
+from jmoe.routing import Decision, ExpertChoice, Gating, Routing, Soft, Switch, TopK, decide, routing_metrics
 
 ROUTERS = (
     TopK(),  # as published
@@ -78,13 +78,6 @@ def random_logits(router, seed: int, **sizes: int) -> np.ndarray:
 def random_tokens(seed: int, *shape: int) -> np.ndarray:
     """Normal values of any shape."""
     return np.random.default_rng(seed + 1).normal(size=shape).astype(np.float32)
-
-
-def decide(router, gating: Gating) -> Decision:
-    """Calls a router as a layer does: a soft one on logits, the others on gates."""
-    if isinstance(router, Soft):
-        return router(gating.noisy_logits, mask=gating.mask)
-    return router(gating.gates, mask=gating.mask)
 
 
 def gate(router, logits, mask=None) -> Gating:

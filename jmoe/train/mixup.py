@@ -1,23 +1,9 @@
-"""What training minimises: cross-entropies over soft labels, and mixup."""
+"""Mixup."""
 
 import jax
 import jax.numpy as jnp
-import optax
 
 from jmoe.notation import Array, Float, Key
-
-
-def softmax_cross_entropy(logits: Float[Array, "B classes"], labels: Float[Array, "B classes"]) -> Float[Array, " B"]:
-    """Minus the sum over classes of label * log softmax(logits), in float32."""
-    return optax.softmax_cross_entropy(logits.astype(jnp.float32), labels)
-
-
-def sigmoid_cross_entropy(logits: Float[Array, "B classes"], labels: Float[Array, "B classes"]) -> Float[Array, " B"]:
-    """Sum over classes of the binary cross-entropy between label and sigmoid(logit), in float32.
-
-    A sum, not a mean: each class is a question of its own, as in V-MoE's training (arXiv:2106.05974).
-    """
-    return optax.sigmoid_binary_cross_entropy(logits.astype(jnp.float32), labels).sum(axis=-1)
 
 
 def mixup(
