@@ -1,0 +1,1 @@
+"""Published checkpoints in and out: names, the model that arrays imply, file formats; dense to sparse."""
