@@ -22,12 +22,17 @@ class ExpertChoice:
       rounding: "up", or "nearest" as in the Soft MoE paper's comparison.
       multiple: C is then rounded up to a multiple of this.
       noise_std: standard deviation of the noise on the logits in training, in units of 1 / E.
+      renormalize: whether the weights of a token are divided by their sum over the experts that took it, so that
+        identical experts compute what one of them does for every token that is taken (Sparse Upcycling,
+        arXiv:2212.05055, for vision). The published V-MoE router does not. A token that one expert took has weight 1,
+        and no gradient of the task reaches the gate through it.
     """
 
     capacity_factor: float = 2.0
     rounding: Rounding = "up"
     multiple: int = 1
     noise_std: float = 1.0
+    renormalize: bool = False
 
     def __post_init__(self):
         check_capacity_options(self.capacity_factor, None, self.rounding, self.multiple, "ExpertChoice")
@@ -53,7 +58,7 @@ class ExpertChoice:
             slots empty.
 
         Returns:
-          a Routing with A = E * C, nothing dropped but padding; the weights are the gates.
+          a Routing with A = E * C, nothing dropped but padding; the weights are the gates, renormalised or not.
 
         Raises:
           ValueError: an expert would take no token, or more than the group has.
@@ -73,6 +78,11 @@ class ExpertChoice:
             real = weight >= 0
             slot, weight = jnp.where(real, slot, C), jnp.where(real, weight, 0.0)
         expert = jnp.broadcast_to(jnp.arange(E)[:, None], (G, E, C))
+        if self.renormalize:
+            group = jnp.arange(G)[:, None, None]
+            taken = jnp.zeros((G, S, E), bool).at[group, token, expert].set(slot < C, unique_indices=True)
+            total = jnp.sum(jnp.where(taken, gates, 0), axis=-1)  # [G, S], of the experts that took the token
+            weight /= jnp.where(total > 0, total, 1)[group, token]
         return Routing(
             token=token.reshape(G, E * C),
             expert=expert.reshape(G, E * C),

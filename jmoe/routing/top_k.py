@@ -30,6 +30,9 @@ class TopK:
       batch_priority: whether confident tokens come first. Published checkpoints were trained without.
       priority: what confidence is: the largest gate ("max", as published) or the sum of the K chosen gates.
       noise_std: standard deviation of the noise on the logits in training, in units of 1 / E; 1.0 as published.
+      renormalize: whether the weights of a token's K experts are divided by their sum, so that identical experts with
+        room for everybody compute what one of them does (Sparse Upcycling, arXiv:2212.05055). Published V-MoE routers
+        do not. With k = 1 every weight is then 1, and no gradient of the task reaches the gate.
     """
 
     k: int = 2
@@ -40,6 +43,7 @@ class TopK:
     batch_priority: bool = False
     priority: Literal["max", "sum"] = "max"
     noise_std: float = 1.0
+    renormalize: bool = False
 
     def __post_init__(self):
         if self.k < 1:
@@ -68,7 +72,7 @@ class TopK:
           mask: [G, S], False for padding, which takes no slot.
 
         Returns:
-          a Routing with choices = K; the weights are the gates of the chosen experts, not renormalised.
+          a Routing with choices = K; the weights are the gates of the chosen experts, dropped choices included.
 
         Raises:
           ValueError: k > E, or a capacity without a slot.
@@ -97,6 +101,8 @@ class TopK:
         else:
             slot = first_free_slots(expert, mask, E)
         slot = jnp.where(mask[..., None], slot, C)
+        if self.renormalize:
+            weight /= jnp.sum(weight, axis=-1, keepdims=True)  # of a softmax, so at least K / E
 
         return Routing(
             token=jnp.broadcast_to(jnp.arange(S)[:, None], (G, S, K)).reshape(G, S * K),

@@ -22,10 +22,12 @@ ROUTERS = (
     TopK(k=3, capacity_factor=None, capacity=3, batch_priority=True, priority="sum"),
     TopK(k=5, capacity_factor=None, capacity=1),  # K = E of the tests, C = 1
     TopK(k=2, capacity_factor=None),  # dropless
+    TopK(k=2, capacity_factor=0.5, multiple=1, batch_priority=True, renormalize=True),
     Switch(),
     Switch(capacity_factor=0.5, batch_priority=True),
     ExpertChoice(),
     ExpertChoice(capacity_factor=1.0, rounding="nearest"),
+    ExpertChoice(capacity_factor=3.0, renormalize=True),
     Soft(slots_per_expert=3),
 )
 ONE_HOT = tuple(router for router in ROUTERS if not isinstance(router, Soft))  # those that return a Routing

@@ -35,6 +35,30 @@ def test_the_gradient_of_a_weight_goes_to_its_gate_alone():
     np.testing.assert_array_equal(gradient, [[[3.0, 0.0], [0.0, 7.0], [0.0, 0.0]]])
 
 
+def test_renormalised_weights_of_a_token_sum_to_one_over_the_experts_that_took_it():
+    gates = jnp.array([[[0.6, 0.2, 0.2], [0.1, 0.6, 0.3], [0.1, 0.5, 0.4]]])
+    # Two slots each: experts 0, 1 and 2 take tokens 0 and 1, 1 and 2, 2 and 1. (Of 0.1 and 0.1 the earlier token.)
+    router = ExpertChoice(capacity_factor=2.0, renormalize=True)
+    np.testing.assert_allclose(router(gates).weight, [[1, 0.1, 0.6, 5 / 9, 4 / 9, 0.3]], rtol=1e-6)
+    mask = jnp.array([[True, False, True]])  # then experts 0, 1 and 2 take tokens 0 and 2, 2 and 0, 2 and 0
+    weights = weights_of(router(gates, mask=mask))
+    assert weights == pytest.approx(
+        {
+            (0, 0, 0, 0): 0.6,
+            (0, 0, 1, 2): 0.1,
+            (0, 1, 0, 2): 0.5,
+            (0, 1, 1, 0): 0.2,
+            (0, 2, 0, 2): 0.4,
+            (0, 2, 1, 0): 0.2,
+        }
+    )
+
+
+def test_a_token_whose_gates_are_all_zero_keeps_finite_weights():
+    gates = jnp.zeros((1, 3, 2))
+    assert not ExpertChoice(capacity_factor=1.0, renormalize=True)(gates).weight.any()
+
+
 @pytest.mark.parametrize(
     ("options", "expected"),
     [

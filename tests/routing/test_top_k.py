@@ -96,6 +96,25 @@ def test_weights_are_gates_that_are_not_renormalised():
     np.testing.assert_array_equal(TopK(k=2)(gates).weight, [[0.5, 0.25]])
 
 
+def test_renormalised_weights_sum_to_one_dropped_choices_included():
+    gates = jnp.array([[[0.5, 0.25, 0.25], [0.5, 0.125, 0.375]]])
+    routing = TopK(k=2, capacity_factor=None, capacity=1, renormalize=True)(gates)
+    np.testing.assert_allclose(routing.weight, [[2 / 3, 1 / 3, 4 / 7, 3 / 7]], rtol=1e-6)
+    assert kept_places(routing) == [(0, 0, 0, 0), (0, 1, 0, 0), (0, 2, 0, 1)]  # token 1's first choice is dropped
+
+
+def test_confidence_is_that_of_the_gates_before_they_are_renormalised():
+    gates = jnp.array([[[0.6, 0.4], [0.9, 0.1]]])
+    options = {"k": 1, "capacity_factor": None, "capacity": 1, "batch_priority": True}
+    assert kept_tokens(TopK(**options, renormalize=True)(gates)) == [1]  # though both weights are 1
+
+
+def test_with_one_expert_per_token_renormalised_weights_teach_the_gate_nothing():
+    gates = jnp.array([[[0.5, 0.2, 0.3]]])
+    gradient = jax.grad(lambda gates: jnp.sum(3 * TopK(k=1, renormalize=True)(gates).weight))(gates)
+    np.testing.assert_allclose(gradient, np.zeros((1, 1, 3)), atol=1e-6)
+
+
 def test_the_gradient_of_a_weight_goes_to_its_gate_alone():
     gates = jnp.array([[[0.5, 0.2, 0.3]]])
     gradient = jax.grad(lambda gates: jnp.sum(TopK(k=2)(gates).weight @ jnp.array([3.0, 7.0])))(gates)
@@ -133,6 +152,7 @@ def test_published_options_are_the_default():
         "batch_priority": False,
         "priority": "max",
         "noise_std": 1.0,
+        "renormalize": False,
     }
     assert router.losses == (Importance(weight=0.005), Load(weight=0.005))
 
