@@ -5,8 +5,9 @@ Batch k of a training run is a pure function of the data, the seed and k: which 
 augmented. Nothing depends on the number of processes, of worker processes, or on where a run was interrupted, so the
 data position to save is the step alone, and resuming is `start_step`.
 
-Batches are dicts of numpy arrays: "image" uint8 [B, H, W, C], "label" int32 [B], and "mask" bool [B], which is False
-where evaluation has padded. Scaling, one-hot labels and mixup are left to the device.
+Batches are dicts of numpy arrays: "image" uint8 [B, H, W, C] (or float32 on the same scale, where the preprocessing of
+evaluation returns that), "label" int32 [B], and "mask" bool [B], which is False where evaluation has padded. Scaling,
+one-hot labels and mixup are left to the device.
 """
 
 import dataclasses
@@ -22,6 +23,7 @@ import numpy as np
 
 from jmoe.data.augment import Augmentation, height_and_width
 from jmoe.data.decode import resize_image
+from jmoe.data.preprocess import Decode, OneHot, Preprocess, Resize, ValueRange
 from jmoe.data.sources import BadRecordError, RandomAccess, Source
 from jmoe.errors import UserError
 
@@ -42,6 +44,9 @@ class DataConfig:
       image_size: height and width of every image in pixels, an int for a square; others are resized bilinearly, in
         training after the augmentations. None takes the images as they are, which must then be of one size.
       augment: augmentations of training images, applied in order.
+      test_preprocess: operations on images of evaluation, in order, instead of the resize to image_size (which there is
+        `Resize`, exactly as published), such as (ResizeSmall(256), CentralCrop(224)). Pixels keep the scale of 0 to
+        255; they become float32 where an operation returns that.
       num_workers: processes that read and decode, per process of the run; 0 for a background thread, which is enough
         for small images.
     """
@@ -50,6 +55,7 @@ class DataConfig:
     batch_size: int
     image_size: int | tuple[int, int] | None = None
     augment: tuple[Augmentation, ...] = ()
+    test_preprocess: tuple[Preprocess, ...] = ()
     num_workers: int = 0
 
     def __post_init__(self):
@@ -57,6 +63,12 @@ class DataConfig:
             raise ValueError(f"DataConfig wants a batch_size of at least 1; it got {self.batch_size}.")
         if self.num_workers < 0:
             raise ValueError(f"DataConfig wants num_workers of at least 0; it got {self.num_workers}.")
+        for operation in self.test_preprocess:
+            if isinstance(operation, Decode | OneHot | ValueRange):
+                raise ValueError(
+                    f"test_preprocess cannot hold {operation}: it takes images on the scale of 0 to 255 and returns "
+                    "such, as Resize, ResizeSmall and CentralCrop do; they are scaled on the device."
+                )
 
 
 class Batches(Iterator[dict[str, np.ndarray]]):
@@ -137,15 +149,16 @@ def train_batches(
             f"A batch of {config.batch_size} images is more than the {len(records)} of {records.name}: choose a "
             f"batch_size of at most {len(records)}."
         )
+    size = None if config.image_size is None else height_and_width(config.image_size)
     maker = _BatchMaker(
         records=records,
         num_classes=config.source.num_classes,
         batch_size=config.batch_size,
-        image_size=config.image_size,
         process_index=process_index,
         process_count=process_count,
         seed=seed % 2**64,
         augment=config.augment,
+        preprocess=() if size is None else (functools.partial(resize_image, size=size),),
     )
     return Batches(maker, start_step, config.num_workers)
 
@@ -176,11 +189,11 @@ def test_batches(
         records=config.source.open(split or config.source.test),
         num_classes=config.source.num_classes,
         batch_size=batch_size,
-        image_size=config.image_size,
         process_index=process_index,
         process_count=process_count,
         seed=None,
         augment=(),
+        preprocess=config.test_preprocess or (() if config.image_size is None else (Resize(config.image_size),)),
     )
     return Batches(maker, 0, config.num_workers)
 
@@ -224,11 +237,11 @@ class _BatchMaker:
     records: RandomAccess
     num_classes: int
     batch_size: int
-    image_size: int | tuple[int, int] | None
     process_index: int
     process_count: int
     seed: int | None  # None to go through the records once and in order, without augmentation
     augment: tuple[Augmentation, ...]
+    preprocess: tuple[Preprocess, ...]  # in order, after the augmentations
 
     def __len__(self) -> int:
         return -(-len(self.records) // self.batch_size) if self.seed is None else ENDLESS
@@ -254,8 +267,8 @@ class _BatchMaker:
         if mask.all():
             batch = np.stack(images)
         else:
-            shape = images[0].shape if images else self._any_image(bad).shape
-            batch = np.zeros((len(rows), *shape), np.uint8)
+            example = images[0] if images else self._any_image(bad)
+            batch = np.zeros((len(rows), *example.shape), example.dtype)
             batch[mask] = images or 0
         return {"image": batch, "label": labels, "mask": mask, "bad": bad}
 
@@ -269,18 +282,18 @@ class _BatchMaker:
             _set_stream(rng, seed, AUGMENT_STREAM, position)
             for augment in self.augment:
                 image = augment(image, rng)
-        return self._resize(image), label, index
+        return self._prepare(image), label, index
 
     def _test_image(self, position: int, bad: list[str]) -> tuple[np.ndarray, int, int] | None:
         """The image at a position; None past the end, and for a damaged record."""
         if position >= len(self.records):
             return None
         image, label, index = self._read(position, bad)
-        return (self._resize(image), label, index) if index == position else None
+        return (self._prepare(image), label, index) if index == position else None
 
     def _any_image(self, bad: list[str]) -> np.ndarray:
         """What an image looks like, for a share of a batch that has none."""
-        return self._resize(self._read(0, bad)[0])
+        return self._prepare(self._read(0, bad)[0])
 
     def _read(self, index: int, bad: list[str]) -> tuple[np.ndarray, int, int]:
         """The image and label of a record, or of the next that is not damaged; and the index it was read from."""
@@ -307,15 +320,18 @@ class _BatchMaker:
             return image, label, index
         raise UserError(f"None of the {len(self.records)} records of {self.records.name} can be read: {bad[0]}")
 
-    def _resize(self, image: np.ndarray) -> np.ndarray:
-        return image if self.image_size is None else resize_image(image, height_and_width(self.image_size))
+    def _prepare(self, image: np.ndarray) -> np.ndarray:
+        for operation in self.preprocess:
+            image = operation(image)
+        return image
 
     def _check_sizes(self, images: list[np.ndarray], where: list[int]) -> None:
         for image, index in zip(images, where, strict=True):
             if image.shape != images[0].shape:
+                mend = "End test_preprocess with CentralCrop or Resize." if self.preprocess else "Set image_size."
                 raise UserError(
                     f"The images of a batch must have one shape [H, W, C]: {self.records.describe(where[0])} has "
-                    f"{list(images[0].shape)}, {self.records.describe(index)} has {list(image.shape)}. Set image_size."
+                    f"{list(images[0].shape)}, {self.records.describe(index)} has {list(image.shape)}. {mend}"
                 )
 
 

@@ -10,16 +10,21 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from jmoe.data import (
+    CentralCrop,
     DataConfig,
     ImageFolder,
     InMemory,
     RandomCrop,
     RandomFlip,
+    Resize,
+    ResizeSmall,
     Shift,
+    ValueRange,
     epoch_order,
     pipeline,
     train_batches,
 )
+from jmoe.data.decode import resize_image
 from jmoe.errors import UserError
 
 quickly = settings(deadline=None, max_examples=30, derandomize=True)
@@ -153,7 +158,7 @@ def test_worker_processes_change_nothing(image_folder):
     path = image_folder({"train": {"a": 7, "b": 6}, "test": {"a": 4, "b": 3}})
     (path / "train" / "a" / "003.png").write_bytes(b"broken")
     source = ImageFolder(os.fspath(path), max_bad_fraction=0.2)
-    alone = DataConfig(source, 4, augment=(RandomCrop((4, 5), padding=1), RandomFlip()))
+    alone = DataConfig(source, 4, image_size=(3, 7), augment=(RandomCrop((4, 5), padding=1), RandomFlip()))
     helped = dataclasses.replace(alone, num_workers=2)
     batches, others = (train_batches(config, seed=1, start_step=3) for config in (alone, helped))
     for _ in range(7):
@@ -213,8 +218,42 @@ def test_images_of_other_sizes_are_resized(image_folder):
     path = image_folder({"train": {"a": 4}, "test": {"a": 1}})
     image_folder({"train": {"b": 4}, "test": {"b": 1}}, size=(9, 6))
     config = DataConfig(ImageFolder(os.fspath(path)), 8, image_size=(6, 5))
-    assert take(1, config, seed=0)[0]["image"].shape == (8, 6, 5, 3)
-    assert next(pipeline.test_batches(config))["image"].shape == (8, 6, 5, 3)
+    records = config.source.open("train")
+    image = take(1, config, seed=0)[0]["image"]
+    assert image.shape == (8, 6, 5, 3)
+    rounded = [resize_image(records[index]["image"], (6, 5)) for index in epoch_order(0, 0, 8).tolist()]
+    np.testing.assert_array_equal(image, rounded)  # in training
+    truncated = [Resize((6, 5))(records[index]["image"]) for index in range(8)]
+    np.testing.assert_array_equal(next(pipeline.test_batches(config, split="train"))["image"], truncated)
+
+
+def test_evaluation_images_can_be_preprocessed_as_published(image_folder):
+    operations = (ResizeSmall(7), CentralCrop((6, 5)))
+    path = image_folder({"train": {"a": 3, "b": 2}, "test": {"a": 3, "b": 2}}, size=(9, 8))
+    config = DataConfig(ImageFolder(os.fspath(path)), 4, image_size=3, test_preprocess=operations)
+    batches = list(pipeline.test_batches(config))
+    assert [(batch["image"].shape, batch["image"].dtype) for batch in batches] == [((4, 6, 5, 3), np.float32)] * 2
+    last = config.source.open("test")[4]["image"]
+    np.testing.assert_array_equal(batches[1]["image"][0], operations[1](operations[0](last)))
+    assert not batches[1]["image"][1:].any()
+    assert take(1, config, seed=0)[0]["image"].shape == (4, 3, 3, 3)  # training does not see them
+
+
+def test_evaluation_images_of_different_sizes_are_refused(image_folder):
+    path = image_folder({"train": {"a": 4, "b": 1}, "test": {"a": 1}})
+    image_folder({"test": {"b": 1}}, size=(9, 6))
+    config = DataConfig(ImageFolder(os.fspath(path)), 2, test_preprocess=(ResizeSmall(4),))
+    with pytest.raises(
+        UserError, match=r"\[4, 6, 3\].* has \[6, 4, 3\]. End test_preprocess with CentralCrop or Resize."
+    ):
+        next(pipeline.test_batches(config))
+
+
+def test_what_leaves_the_scale_of_pixels_is_no_preprocessing_of_batches():
+    with pytest.raises(
+        ValueError, match=r"test_preprocess cannot hold ValueRange\(vmin=-1, .*\): it takes images on the"
+    ):
+        DataConfig(Numbered(), 2, test_preprocess=(CentralCrop(2), ValueRange(-1, 1)))
 
 
 # Damaged files
