@@ -34,9 +34,11 @@ class Optimizer:
       weight_decay: a number for all parameters, biases and routers included, or pairs (regular expression, number) of
         which the first that matches counts; parameters that none matches are not decayed.
       clip_norm: largest global L2 norm of the gradients; None does not clip.
+      clip_value: largest magnitude of each entry of the gradients, instead of clip_norm; None does not clip.
       gradient_scale: pairs (regular expression, factor) for the gradients, before clipping. Adam and Adafactor divide
         it out again: it changes what is clipped, not the learning rate.
       frozen: regular expression of parameters that stay as they are; None trains all.
+      trainable: regular expression of the only parameters that do not, instead of frozen; None trains all.
     """
 
     peak_lr: float
@@ -44,14 +46,24 @@ class Optimizer:
     decay: Decay = Linear()  # noqa: RUF009, a frozen dataclass
     weight_decay: float | ByName = 0.0
     clip_norm: float | None = None
+    clip_value: float | None = None
     gradient_scale: ByName = ()
     frozen: str | None = None
+    trainable: str | None = None
 
     def __post_init__(self):
         if not self.peak_lr >= 0:
             raise ValueError(f"{type(self).__name__} wants a peak_lr of at least 0; it got {self.peak_lr}.")
-        if self.clip_norm is not None and not self.clip_norm > 0:
-            raise ValueError(f"{type(self).__name__} wants a clip_norm above 0, or None; it got {self.clip_norm}.")
+        for name in ("clip_norm", "clip_value"):
+            value = getattr(self, name)
+            if value is not None and not value > 0:
+                raise ValueError(f"{type(self).__name__} wants a {name} above 0, or None; it got {value}.")
+        for one, other in (("clip_norm", "clip_value"), ("frozen", "trainable")):
+            if getattr(self, one) is not None and getattr(self, other) is not None:
+                raise ValueError(
+                    f"{type(self).__name__} takes {one} or {other}, not both; it got {getattr(self, one)!r} and "
+                    f"{getattr(self, other)!r}. Set one of them to None."
+                )
 
     def learning_rate(self, total_steps: int) -> LearningRate:
         """The rate as a function of the step, in [0, total_steps)."""
@@ -60,6 +72,11 @@ class Optimizer:
     def direction(self) -> optax.GradientTransformation:
         """What turns clipped gradients into a direction, before weight decay and learning rate."""
         raise NotImplementedError
+
+    def _clip(self) -> optax.GradientTransformation:
+        if self.clip_norm is not None:
+            return optax.clip_by_global_norm(self.clip_norm)
+        return optax.identity() if self.clip_value is None else optax.clip(self.clip_value)
 
     def build(self, params, total_steps: int) -> optax.GradientTransformation:
         """The optimizer as optax has it, for parameters with the names of `params` (of which only those are read).
@@ -73,11 +90,14 @@ class Optimizer:
             decays = [float(self.weight_decay)] * len(names)
         else:
             decays = _values(self.weight_decay, names, option="weight_decay", otherwise=0.0)
-        frozen = _values(((self.frozen, 1.0),) if self.frozen else (), names, option="frozen", otherwise=0.0)
+        if self.trainable is None:
+            frozen = _values(((self.frozen, 1.0),) if self.frozen else (), names, option="frozen", otherwise=0.0)
+        else:
+            frozen = _values(((self.trainable, 0.0),), names, option="trainable", otherwise=1.0)
         # All six always, so that the optimizer state keeps its names in a checkpoint when an option is changed.
         return optax.named_chain(
             ("scale", _per_leaf(lambda update, _, factor: factor * update if factor != 1 else update, factors)),
-            ("clip", optax.identity() if self.clip_norm is None else optax.clip_by_global_norm(self.clip_norm)),
+            ("clip", self._clip()),
             ("direction", self.direction()),
             ("decay", _per_leaf(lambda update, param, decay: update + decay * param if decay else update, decays)),
             ("learning_rate", optax.scale_by_learning_rate(self.learning_rate(total_steps))),

@@ -45,6 +45,65 @@ class Linear:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class Polynomial:
+    """From the peak to `end_lr` at the last step by a power of the share of steps still to come; `Linear` is power 1.
+
+    Attributes:
+      end_lr: the rate at `total_steps` and after.
+      power: above 1 the rate falls fast at first, below 1 at the end.
+    """
+
+    end_lr: float = 1e-5
+    power: float = 2.0
+
+    def __post_init__(self):
+        if not self.power > 0:
+            raise ValueError(f"Polynomial wants a power above 0; it got {self.power}.")
+
+    def __call__(self, *, peak_lr: float, warmup_steps: int, total_steps: int) -> LearningRate:
+        def decay(t):
+            return self.end_lr + (peak_lr - self.end_lr) * _left(t, total_steps - warmup_steps) ** self.power
+
+        return _with_warmup(decay, peak_lr, warmup_steps, total_steps)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Exponential:
+    """The peak times factor^(t / steps), t steps after the warm-up, whatever the length of the run.
+
+    Attributes:
+      factor: what `steps` steps multiply the rate by.
+      steps: see above.
+      begin: steps after the warm-up in which the rate stays at the peak; t counts from there.
+      staircase: whether t / steps is rounded down, so that the rate falls once in so many steps.
+      end_lr: a bound of the rate, from below if it falls (factor < 1) and from above if it rises; None for no bound.
+    """
+
+    factor: float = 0.5
+    steps: int = 10_000
+    begin: int = 0
+    staircase: bool = False
+    end_lr: float | None = None
+
+    def __post_init__(self):
+        if not self.factor > 0 or self.steps < 1 or self.begin < 0:
+            raise ValueError(
+                f"Exponential wants a factor above 0, steps of at least 1 and begin of at least 0; it got "
+                f"{self.factor}, {self.steps} and {self.begin}."
+            )
+
+    def __call__(self, *, peak_lr: float, warmup_steps: int, total_steps: int) -> LearningRate:
+        def decay(t):
+            exponent = jnp.maximum(t - self.begin, 0) / self.steps
+            rate = peak_lr * self.factor ** (jnp.floor(exponent) if self.staircase else exponent)
+            if self.end_lr is None:
+                return rate
+            return jnp.maximum(rate, self.end_lr) if self.factor < 1 else jnp.minimum(rate, self.end_lr)
+
+        return _with_warmup(decay, peak_lr, warmup_steps, total_steps)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class Cosine:
     """Half a cosine from the peak to `end_lr` at the last step.
 
@@ -71,10 +130,13 @@ class Rsqrt:
     Attributes:
       timescale: steps after which the rate has fallen to 1/sqrt(2) of the peak.
       cooldown_steps: over that many last steps the rate goes to zero in a straight line, from where it was.
+      stop_at_zero: whether it stays there after the last step. The reference goes on down the line to negative rates,
+        on which no published number depends, as a run ends at zero; False does that too.
     """
 
     timescale: int = 10_000
     cooldown_steps: int = 0
+    stop_at_zero: bool = True
 
     def __call__(self, *, peak_lr: float, warmup_steps: int, total_steps: int) -> LearningRate:
         if self.timescale < 1 or not 0 <= self.cooldown_steps <= total_steps - warmup_steps:
@@ -91,13 +153,13 @@ class Rsqrt:
             if not self.cooldown_steps:
                 return peak_lr / jnp.sqrt(1 + t / self.timescale)
             rate = peak_lr / jnp.sqrt(1 + jnp.minimum(t, cooldown_start) / self.timescale)
-            # Zero after the last step, where the published formula goes on down the line into negative rates.
-            return rate * _left(jnp.maximum(t - cooldown_start, 0), self.cooldown_steps)
+            left = jnp.minimum((total_steps - warmup_steps - t) / self.cooldown_steps, 1)
+            return rate * (jnp.maximum(left, 0) if self.stop_at_zero else left)
 
         return _with_warmup(decay, peak_lr, warmup_steps, total_steps)
 
 
-Decay = Linear | Cosine | Rsqrt | Constant
+Decay = Linear | Polynomial | Cosine | Rsqrt | Exponential | Constant
 
 
 def _left(t: jax.Array, steps: int) -> jax.Array:
