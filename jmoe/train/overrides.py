@@ -45,7 +45,8 @@ def apply_overrides(config: Any, sets: Sequence[str], names: Mapping[str, type] 
     Args:
       config: a dataclass; it is not changed.
       sets: edits. A path goes through dataclasses by option, through tuples by index (`data.augment.0.pixels=2`) and
-        through dictionaries by key. A value is a Python literal, a bare word (text, or true, false, none), or a call of
+        through dictionaries by key. An option that is None and can only be one dataclass becomes it
+        (`initialize.path=runs/pretrained`). A value is a Python literal, a bare word (text, or true, false, none), or a call of
         a configuration class with literal arguments (`model.moe.router=Switch(jitter=0.01)`).
       names: the classes that a value may call; by default the dataclasses of jmoe (`public_classes`).
 
@@ -117,10 +118,12 @@ class _Edit:
             child = self.apply(node[known[key]], element_hint(hint, 1), rest, f"{here}.{key}")
             return {**node, known[key]: child}
         if node is None or node is ABSENT:
-            classes = [arm.__name__ for arm in arms(hint) if isinstance(arm, type) and dataclasses.is_dataclass(arm)]
+            classes = [arm for arm in arms(hint) if isinstance(arm, type) and dataclasses.is_dataclass(arm)]
+            if len(classes) == 1:  # nothing else can be meant; what it needs beside, `build` will say
+                return self.apply(Draft(classes[0], {}, (self.origin,)), hint, keys, owner)
             raise UserError(
                 f"{here} is {'None' if node is None else 'not set'}, so it has no option '{key}' (from {self.origin}). "
-                f'Set it first, with --set "{here}={classes[0] if classes else "Name"}(...)".'
+                f'Set it first, with --set "{here}=Name(...)".'
             )
         raise UserError(f"{here} is {node!r}, which has no option '{key}' or any other (from {self.origin}).")
 

@@ -316,11 +316,16 @@ def test_a_mistake_is_one_sentence(text, expected):
     assert sentence(text) == expected
 
 
-def test_an_option_of_none_says_what_to_set_first():
-    assert sentence("model.moe.router.k=1", config=Train(model=Model())) == (
-        "model.moe is None, so it has no option 'router' (from --set model.moe.router.k=1). "
-        'Set it first, with --set "model.moe=MoE(...)".'
+def test_an_option_of_none_becomes_the_one_thing_that_it_can_be():
+    dense = Train(model=Model())
+    sparse = edit("model.moe.num_experts=4", "model.moe.router.k=3", config=dense)
+    assert sparse.model.moe == MoE(num_experts=4, router=TopK(k=3))
+    assert sentence("model.moe.router.k=1", config=dense) == (
+        "MoE needs a value for 'num_experts' (from --set model.moe.router.k=1)."
     )
+
+
+def test_an_option_of_none_that_can_be_many_things_says_what_to_set_first():
     assert sentence("note.x=1") == (
         "note is None, so it has no option 'x' (from --set note.x=1). Set it first, with --set \"note=Name(...)\"."
     )
