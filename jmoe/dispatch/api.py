@@ -3,6 +3,7 @@
 from typing import Literal, get_args
 
 import jax
+import jax.numpy as jnp
 
 from jmoe.dispatch import einsum, gather, ragged
 from jmoe.dispatch.ragged import Ragged
@@ -50,6 +51,21 @@ def combine(y: Array, decision: Decision, method: Method = "gather") -> Float[Ar
       ValueError: the method is unknown, or it is "ragged" for a Mixing.
     """
     return _module(method, decision).combine(y, decision)
+
+
+def rounded(x: Float[Array, "..."], dtype: str | None) -> Float[Array, "..."]:
+    """Rounds what is about to move to values that dtype can hold; it stays in the dtype of x.
+
+    Published models move tokens as bfloat16, and sum in float32. The gradient is rounded as well.
+
+    Args:
+      x: tokens before `dispatch`, or outputs of experts before `combine`.
+      dtype: such as "bfloat16"; None for no rounding.
+    """
+    if dtype is None:
+        return x
+    # Not a cast to and fro: XLA may leave out a pair of those.
+    return jax.lax.reduce_precision(x, jnp.finfo(dtype).nexp, jnp.finfo(dtype).nmant)
 
 
 def resolve(method: Method, decision: Decision) -> Literal["einsum", "gather", "ragged"]:

@@ -7,15 +7,14 @@ from collections.abc import Callable, Iterable
 from typing import Any, Literal
 
 import jax
-import jax.numpy as jnp
 from flax import nnx
 
-from jmoe.dispatch import Method, Ragged, combine, dispatch, resolve
+from jmoe.dispatch import Method, Ragged, combine, dispatch, resolve, rounded
 from jmoe.nn.gate import default_gate
 from jmoe.nn.groups import from_groups, group_length, interleave_members, say_once, separate_members, to_groups
 from jmoe.nn.mlp import ExpertInit, ExpertMlp
 from jmoe.notation import Array, Bool, Float, PRNGKeyArray
-from jmoe.routing import Decision, Loss, Router, TopK, decide, routing_metrics
+from jmoe.routing import Decision, ExpertChoice, Loss, Router, Soft, TopK, decide, routing_metrics
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -79,12 +78,17 @@ class MoEConfig:
                 f"An ensemble of members={self.members} wants as many experts for each: num_experts={self.num_experts} "
                 f"is not a multiple of {self.members}."
             )
+        if self.members > 1 and isinstance(self.router, Soft | ExpertChoice):
+            raise ValueError(
+                "An ensemble wants a router in which every token chooses among the experts of its member, such as TopK; "
+                f"it got {type(self.router).__name__}."
+            )
         experts = self.num_experts // self.members
         if isinstance(self.router, TopK) and self.router.k > experts:
-            owner = "" if self.members == 1 else f" for each of {self.members} members"
+            each = "" if self.members == 1 else f", {experts} for each of members={self.members}"
             raise ValueError(
-                f"TopK has k={self.router.k}, but there are only {experts} experts{owner} "
-                f"(num_experts={self.num_experts}). Choose k from 1 to {experts}."
+                f"TopK has k={self.router.k}, but there are only num_experts={self.num_experts}{each}. "
+                f"Choose k from 1 to {experts}."
             )
 
 
@@ -178,7 +182,7 @@ class MoEMlp(nnx.Module):
         if config.method == "auto":
             name = type(config.router).__name__
             say_once(f"Dispatch 'auto' is {method!r} for {name} in groups of {S} tokens.", logging.INFO)
-        slots = dispatch(_rounded(tokens, config.exchange_dtype), decision, method)
+        slots = dispatch(rounded(tokens, config.exchange_dtype), decision, method)
         if isinstance(slots, Ragged):
             outputs = self.experts.ragged(slots.rows, slots.group_sizes, key=dropout_key)
         else:
@@ -186,7 +190,7 @@ class MoEMlp(nnx.Module):
             E, G, C, D = slots.shape
             outputs = self.experts(slots.reshape(E, G * C, D), key=dropout_key)
             outputs = outputs.reshape(E, G, C, D).swapaxes(0, 1)
-        y = from_groups(combine(_rounded(outputs, config.exchange_dtype), decision, method), B // M, T * M)
+        y = from_groups(combine(rounded(outputs, config.exchange_dtype), decision, method), B // M, T * M)
         y = (y if M == 1 else separate_members(y, M)).astype(x.dtype)
 
         losses = config.router.losses if config.losses is None else config.losses
@@ -204,12 +208,6 @@ def _by_name(losses: Iterable[tuple[str, Array]]) -> dict[str, Array]:
     for name, loss in losses:
         total[name] = total.get(name, 0.0) + loss
     return total
-
-
-def _rounded(x: Float[Array, "..."], dtype: str | None) -> Float[Array, "..."]:
-    """Values that dtype can hold, in the dtype of x; the gradient is rounded as well."""
-    # Not a cast to and fro: XLA may leave out a pair of those.
-    return x if dtype is None else jax.lax.reduce_precision(x, jnp.finfo(dtype).nexp, jnp.finfo(dtype).nmant)
 
 
 def _default(config: MoEConfig) -> Callable[..., nnx.Module]:

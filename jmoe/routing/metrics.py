@@ -58,6 +58,28 @@ def gate_confidence(gates: Float[Array, "G S E"], mask: Bool[Array, "G S"] | Non
     return mean_over_groups(masked_mean(jnp.max(gates, axis=-1), mask), mask)
 
 
+def similarity(vectors: Float[Array, "G N D"]) -> dict[str, Float[Array, ""]]:
+    """How alike the N vectors of each group are: cosine similarities of all pairs, over all groups.
+
+    For a Mixing these are its tokens (rows of combine weights, [G, S, E * C]) or slots (columns of dispatch weights,
+    [G, E * C, S]); for a gate its columns ([1, N, D]). Slots that become alike are a known failure of soft routers.
+
+    Returns:
+      "mean", "max" and "min" over pairs of different vectors. As published, the maximum is at least 0, and the mean
+      takes each vector's similarity with itself for exactly 1.
+    """
+    G, N, _ = vectors.shape
+    unit = vectors * jax.lax.rsqrt(jnp.sum(jnp.square(vectors), axis=-1, keepdims=True) + 1e-9)
+    cosine = jnp.einsum("GND,GMD->GNM", unit, unit, precision="highest")
+    same = jnp.eye(N, dtype=bool)[None]
+    largest = jnp.max(jnp.where(same, 0.0, cosine))
+    return {
+        "mean": (jnp.sum(cosine) - G * N) / max(G * N * (N - 1), 1),
+        "max": largest,
+        "min": jnp.min(jnp.where(same, largest, cosine)),
+    }
+
+
 def routing_metrics(gating: Gating, decision: Decision) -> dict[str, Array]:
     """The metrics of one layer: scalars, and "expert_load" [E].
 

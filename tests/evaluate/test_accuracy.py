@@ -1,3 +1,5 @@
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -67,6 +69,21 @@ def test_garbage_in_masked_images_changes_nothing(model, data):
     other[-1] = {**other[-1], "image": np.where(other[-1]["mask"][:, None, None, None], other[-1]["image"], 200)}
     other[-1]["image"] = other[-1]["image"].astype(np.uint8)
     assert evaluate(model, one, "softmax") == evaluate(model, other, "softmax")
+
+
+def test_an_ensemble_is_judged_by_the_mean_of_its_members(model, data):
+    images, labels = data
+    moe = dataclasses.replace(model.config.moe, num_experts=4, router=TopK(k=1, capacity_factor=None), members=2)
+    both = vit.VisionTransformer(dataclasses.replace(model.config, moe=moe), rngs=nnx.Rngs(1))
+    kernel = both.blocks[1].moe.experts.w_out
+    kernel[...] = 4 * jax.random.normal(jax.random.key(0), kernel.shape)  # members that disagree
+    logits = np.asarray(both(jnp.asarray(images, jnp.float32) / 127.5 - 1).logits, np.float64)
+    p = np.exp(logits) / np.exp(logits).sum(-1, keepdims=True)
+    p = p.reshape(IMAGES, 2, 3).mean(axis=1)
+    result = evaluate(both, batches(images, labels, 5))
+    assert result.images == IMAGES
+    assert result.accuracy == pytest.approx((p.argmax(-1) == labels).mean())
+    assert result.loss == pytest.approx(-np.log(p[np.arange(IMAGES), labels]).mean(), rel=1e-4)
 
 
 def test_no_image_is_an_error(model):

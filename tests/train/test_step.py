@@ -49,6 +49,17 @@ def test_the_loss_is_that_of_the_task_and_of_the_routers():
     np.testing.assert_allclose(metrics["loss/task"], np.log(10), rtol=1e-6)
 
 
+def test_every_member_of_an_ensemble_learns_by_its_own_loss():
+    config = without_randomness(accumulate=2)
+    moe = dataclasses.replace(config.model.moe, num_experts=4, members=2)
+    config = dataclasses.replace(config, model=dataclasses.replace(config.model, moe=moe, head_zero=False))
+    _, metrics = run(config)
+    batch, model = next(train_batches(config.data, seed=0)), make_model(config)
+    log_p = jax.nn.log_softmax(nnx.jit(model)(jnp.asarray(batch["image"], jnp.float32) / 127.5 - 1.0).logits)
+    labels = np.repeat(batch["label"], 2)
+    np.testing.assert_allclose(metrics["loss/task"], -np.mean(log_p[np.arange(len(labels)), labels]), rtol=1e-5)
+
+
 def test_one_step_is_the_gradient_of_the_loss_through_the_optimizer():
     config = without_randomness()
     optimizer = make_optimizer(config, 12)

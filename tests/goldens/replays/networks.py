@@ -1,0 +1,70 @@
+"""Modules of ours with the parameters of recorded ones."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from jmoe.nn.moe import MoEConfig, MoEMlp
+from tests.goldens.case import Case
+from tests.goldens.replays.parts import Recorder, SparsePart, replace_losses, with_prefix
+from tests.reference_names import layer_to_ours
+
+
+def with_parameters(make, parameters: dict):
+    """The graph of the module that make(rngs=...) returns, and its parameters with the given values."""
+    graph, state = nnx.split(nnx.eval_shape(lambda: make(rngs=nnx.Rngs(0))))
+    shapes = jax.tree.map(jnp.shape, nnx.to_pure_dict(state))
+    given = jax.tree.map(jnp.shape, parameters)
+    if given != shapes:
+        raise ValueError(f"the parameters are not those of the network: {given} instead of {shapes}")
+    nnx.replace_by_pure_dict(state, jax.tree.map(jnp.asarray, parameters))
+    return graph, state
+
+
+def flat(tree: dict, names: list[str], to_ours) -> dict[str, np.ndarray]:
+    """A tree under our names as a flat one under the reference's, for the parameters that are named."""
+    found = {}
+    for name in names:
+        (path, _), *rest = jax.tree_util.tree_leaves_with_path(to_ours({name: 0}))
+        assert not rest
+        leaf = tree
+        for key in path:
+            leaf = leaf[key.key]
+        found[name] = leaf
+    return found
+
+
+def layer_results(
+    part: SparsePart, params: dict[str, np.ndarray], inputs: np.ndarray, case: Case
+) -> dict[str, np.ndarray]:
+    """outputs, metrics/*, loss and grads/* of one sparse layer.
+
+    The loss is sum(outputs * cotangent) + mean(auxiliary loss).
+    """
+    N, T, D = inputs.shape
+    graph, state = with_parameters(functools.partial(_make, part.config, D), layer_to_ours(params))
+
+    @jax.jit
+    def run(state, inputs):
+        def total(state, inputs):
+            recorder = Recorder()
+            layer = nnx.merge(graph, state)
+            layer.config = replace_losses(part.config, recorder)
+            y = layer(inputs).y
+            mu = getattr(layer.gate, "mu", None)
+            metrics = part.metrics(*recorder.seen[0], None if mu is None else mu[...])
+            loss = jnp.sum(y * case.cotangent(y.shape)) + jnp.mean(metrics["auxiliary_loss"])
+            return loss, {"outputs": y, "loss": loss} | with_prefix("metrics/", metrics)
+
+        return jax.grad(total, argnums=(0, 1), has_aux=True)(state, inputs)
+
+    (of_parameters, of_inputs), found = run(state, inputs)
+    gradients = flat(nnx.to_pure_dict(of_parameters), list(params), layer_to_ours)
+    return found | with_prefix("grads/params/", gradients) | {"grads/inputs": of_inputs}
+
+
+def _make(config: MoEConfig, D: int, *, rngs: nnx.Rngs) -> MoEMlp:
+    return MoEMlp(config, D, rngs=rngs)

@@ -1,0 +1,149 @@
+"""Every number that was recorded from the reference implementation (tests/goldens/README.md), replayed by jmoe.
+
+A replay sees the inputs of a case only (tests/goldens/case.py). Integers and booleans are equal; floats are as near as
+another order of operations in float32 allows, by the tolerances that were stated with the recordings or tighter ones.
+"""
+
+import collections
+import json
+import pathlib
+
+import numpy as np
+import pytest
+
+from tests.goldens.__main__ import main
+from tests.goldens.case import INPUTS, is_input, load, names, results
+
+FOLDER = pathlib.Path(__file__).parent / "goldens"
+CASES = names(FOLDER)
+COUNTS = {
+    "checkpoint": 4,
+    "dispatch": 6,
+    "ensemble": 3,
+    "fewshot": 3,
+    "init": 4,
+    "layer": 6,
+    "loss": 1,
+    "mixup": 2,
+    "optim": 8,
+    "ot": 10,
+    "pp": 4,
+    "routing_expert_choice": 5,
+    "routing_topk": 34,
+    "softmoe": 4,
+    "train": 1,
+    "vit": 8,
+}
+
+
+def test_all_recordings_are_here():
+    assert collections.Counter(load(FOLDER, name).family for name in CASES) == COUNTS
+    assert COUNTS.keys() == INPUTS.keys()
+
+
+def tolerance(case, array: str) -> tuple[float, float] | None:
+    """rtol and atol for an array of floats, atol relative to its largest entry for gradients; None to leave it out."""
+    family, name = case.family, case.name
+    gradient = array.startswith("grads")
+    if family == "dispatch" and "bf16" in name and gradient:
+        return 1e-2, 1e-2
+    if family == "vit":
+        if array == "jit_vs_eager_max_abs_diff_logits":
+            return 0.0, 1e-5  # how far two compilations are apart: both small
+        return (1e-3, 1e-4) if gradient else (1e-4, 2e-5)
+    if family == "ot":
+        if "lbfgs" in name:
+            return 5e-3, 5e-4
+        return (1e-3, 2e-4)
+    if family == "fewshot":
+        return (0.0, 1.01 / 120) if array == "accuracy" else (1e-4, 1e-6)
+    if family == "pp":
+        return (1e-5, 2e-5) if np.abs(case_scale(case, array)) <= 1.0 else (0.0, 2e-3)
+    if family == "optim":
+        if array.startswith("s") and "/values" in array:
+            return 2e-5, 1e-9
+        return (2e-5, 2e-4 if case.config["optimizer"].get("mu_dtype") == "bfloat16" else 5e-6)
+    if family == "train":
+        return (2e-5, 5e-4) if array.startswith("params_after") else (1e-4, 1e-5)
+    if family == "init":
+        return 1e-5, 1e-6
+    if gradient:
+        return 1e-4, 1e-5
+    if "loss" in array:
+        return 2e-4, 2e-6
+    return 1e-5, 2e-6
+
+
+def case_scale(case, array: str) -> float:
+    return float(np.abs(results(case.folder, case.name)[array]).max())
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_recorded(name):
+    case, expected = load(FOLDER, name), results(FOLDER, name)
+    found = case.replay()
+    assert expected.keys() <= found.keys(), "a result is missing"
+    for array, value in expected.items():
+        assert (found[array].shape, found[array].dtype) == (value.shape, value.dtype), array
+        exact = value.dtype.kind in "iub" and not (case.family == "pp" and "resize(" in pipeline(case, array))
+        if exact:
+            np.testing.assert_array_equal(found[array], value, err_msg=array)
+            continue
+        rtol, atol = tolerance(case, array)
+        scale = scale_of_gradient(array, value, expected) if array.startswith("grads") else 1.0
+        np.testing.assert_allclose(found[array].astype(np.float64), value, rtol=rtol, atol=atol * scale, err_msg=array)
+
+
+def scale_of_gradient(array, value, expected) -> float:
+    # A key's bias changes all scores of a query alike: its gradient is zero up to rounding.
+    if array.endswith("key/bias"):
+        return max(np.abs(v).max() for name, v in expected.items() if name.startswith("grads"))
+    return np.abs(value).max()
+
+
+def only_inputs(source: pathlib.Path, target: pathlib.Path, name: str) -> None:
+    """Copies a case without any of its results."""
+    for path in source.glob(f"{name}.*"):
+        if path.suffix != ".npz":
+            (target / path.name).write_bytes(path.read_bytes())
+    if load(source, name).family == "checkpoint":
+        return  # its .npz holds nothing but results
+    with np.load(source / f"{name}.npz", allow_pickle=False) as file:
+        family = json.loads(str(file["config"]))["family"]
+        arrays = {key: file[key] for key in file.files if key == "config" or is_input(family, name, key)}
+    np.savez(target / f"{name}.npz", **arrays)
+
+
+def test_the_command_needs_nothing_but_inputs(tmp_path, capsys):
+    chosen = (
+        "layer_topk_k1_bf16",
+        "routing_topk_ties_k2_bpr1",
+        "routing_topk_capacity_table",
+        "checkpoint_misc_dtypes",
+    )
+    (tmp_path / "cases").mkdir()
+    for name in chosen:
+        only_inputs(FOLDER, tmp_path / "cases", name)
+    assert main([str(tmp_path / "cases"), "--out", str(tmp_path / "out")]) == 0
+    assert "4 of 4 cases replayed" in capsys.readouterr().out
+    for name in chosen:
+        with np.load(tmp_path / "out" / f"{name}.npz", allow_pickle=False) as found:
+            assert results(FOLDER, name).keys() <= set(found.files)
+    with np.load(tmp_path / "out" / "layer_topk_k1_bf16.npz", allow_pickle=False) as found:
+        np.testing.assert_allclose(found["outputs"], results(FOLDER, "layer_topk_k1_bf16")["outputs"], atol=1e-5)
+
+
+def test_a_case_that_cannot_be_replayed_is_named_and_the_others_are_replayed(tmp_path, capsys):
+    only_inputs(FOLDER, tmp_path, "routing_topk_capacity_table")
+    np.savez(tmp_path / "strange.npz", config=json.dumps({"family": "telepathy"}))
+    assert main([str(tmp_path), "--out", str(tmp_path / "out")]) == 1
+    printed = capsys.readouterr()
+    assert "1 of 2 cases replayed" in printed.out
+    assert "strange: cannot be replayed: ValueError: the family 'telepathy' is not known" in printed.err
+    assert "not replayed: strange" in printed.err
+
+
+def test_a_folder_without_cases_is_refused(tmp_path, capsys):
+    with pytest.raises(SystemExit):
+        main([str(tmp_path), "--out", str(tmp_path / "out")])
+    assert "there are no cases in" in capsys.readouterr().err
