@@ -19,6 +19,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds the arguments of `jmoe evaluate`."""
     arguments.add_experiment(parser)
     parser.add_argument("--step", metavar="N", type=int, help="the step of the checkpoint; the newest if left out")
+    parser.add_argument(
+        "--fewshot",
+        action="store_true",
+        help="instead of the model's own head, linear regressions from its features, fitted on a few images of each "
+        "class; evaluate.fewshot of the experiment says how",
+    )
     parser.add_argument("--json", action="store_true", help="print one JSON object")
 
 
@@ -29,6 +35,7 @@ def run(args: argparse.Namespace) -> int:
     config = load_experiment(args.experiment, args.overrides)
 
     from jmoe.train.evaluation import evaluate_checkpoint
+    from jmoe.train.fewshot import few_shot_checkpoint
     from jmoe.train.workdir import differences_from_run
 
     if any(override.startswith("model.moe") for override in args.overrides):
@@ -40,6 +47,6 @@ def run(args: argparse.Namespace) -> int:
             "The run was trained with other options: %s (there -> here). It is evaluated with those of here.",
             "; ".join(differences),
         )
-    evaluation, step = evaluate_checkpoint(config, args.workdir, step=args.step)
+    evaluation, step = (few_shot_checkpoint if args.fewshot else evaluate_checkpoint)(config, args.workdir, args.step)
     print(json.dumps({"step": step} | evaluation.to_json()) if args.json else f"step             {step}\n{evaluation}")
     return 0

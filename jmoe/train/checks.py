@@ -43,8 +43,9 @@ def check_images(config: TrainConfig, batch: dict[str, Any]) -> dict[str, Any]:
     """Returns the batch; raises UserError unless its images are of the size that the model takes."""
     wanted, came = (*config.model.image_size, config.model.channels), batch["image"].shape[1:]
     if wanted != came:
+        option = "test_preprocess" if config.data.test_preprocess else "image_size"
         raise UserError(
             f"The dataset {config.data.source.name} has images of {came} (height, width, channels); the model takes "
-            f"{wanted}. Set data.image_size, or model.image_size and model.channels."
+            f"{wanted}. Set data.{option}, or model.image_size and model.channels."
         )
     return batch

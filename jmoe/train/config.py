@@ -2,12 +2,43 @@
 
 import dataclasses
 import math
+import typing
 from typing import Literal
 
-from jmoe.data import DataConfig, num_train_images
+from jmoe.data import DataConfig, Preprocess, Source, num_train_images
+from jmoe.evaluate import fewshot
 from jmoe.models.vit import ViTConfig
 from jmoe.routing import Router
 from jmoe.train.optimizer import Optimizer
+
+
+@typing.no_type_check  # See DataConfig: checking a source might read the disk.
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class FewShot:
+    """Few-shot linear evaluation of the features; see `jmoe.evaluate.fewshot`. The defaults are the published protocol.
+
+    Attributes:
+      shots: images of each class that a regression is fitted on, taken from a dataset's training split.
+      datasets: what to evaluate on; the run's own data if empty.
+      preprocess: of the images, as DataConfig.test_preprocess; if empty, that of the run's data. As published:
+        (Resize(256), CentralCrop(224)), whatever the aspect ratio.
+      l2: regularisations, of which the best is taken, for each number of shots and on all datasets together.
+      seed: of the choice of images.
+      dtype: of the regression; "float64" is more exact where l2 is small.
+    """
+
+    shots: tuple[int, ...] = (1, 5, 10, 25)
+    datasets: tuple[Source, ...] = ()
+    preprocess: tuple[Preprocess, ...] = ()
+    l2: tuple[float, ...] = fewshot.L2
+    seed: int = fewshot.SEED
+    dtype: Literal["float32", "float64"] = "float32"
+
+    def __post_init__(self):
+        if not self.shots or min(self.shots) < 1:
+            raise ValueError(f"FewShot wants shots of at least 1 image of each class; it got {self.shots}.")
+        if not self.l2 or not min(self.l2) > 0:
+            raise ValueError(f"FewShot wants l2 above 0; it got {self.l2}.")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -18,11 +49,13 @@ class EvalConfig:
       every: steps between evaluations; None for ten in a run. The last step is always evaluated.
       batch_size: images per step; None for that of training.
       router: the router in evaluation, such as one with more capacity; None for the one of training.
+      fewshot: few-shot evaluation, at every evaluation; None for none while training.
     """
 
     every: int | None = None
     batch_size: int | None = None
     router: Router | None = None
+    fewshot: FewShot | None = None
 
     def __post_init__(self):
         for name in ("every", "batch_size"):

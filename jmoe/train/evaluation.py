@@ -9,6 +9,7 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 import optax
+from flax import nnx
 
 from jmoe.data import test_batches
 from jmoe.errors import UserError
@@ -23,23 +24,42 @@ from jmoe.train.workdir import CHECKPOINTS
 def evaluator_of(config: TrainConfig) -> Callable[[TrainState], Evaluation]:
     """Returns a function that evaluates a state on the test images, with its averaged parameters if it has them."""
     check_classes(config)
-    batch_size = config.evaluate.batch_size or config.data.batch_size
+    config = for_evaluation(config)
+    evaluate = make_evaluator(graph_of(config), config.loss, config.model.members)
+
+    def evaluator(state: TrainState) -> Evaluation:
+        with contextlib.closing(test_batches(config.data, batch_size=evaluation_batch_size(config))) as batches:
+            return evaluate((check_images(config, batch) for batch in batches), *arrays_of(state))
+
+    return evaluator
+
+
+def for_evaluation(config: TrainConfig) -> TrainConfig:
+    """Returns the config with the router of evaluation as the model's.
+
+    The model is traced once on nothing, so that what cannot be routed is said before hours of training.
+
+    Raises:
+      UserError: a batch of evaluation cannot be routed.
+    """
     moe, router = config.model.moe, config.evaluate.router
     with readable():
         if moe is not None and router is not None:
             model = dataclasses.replace(config.model, moe=dataclasses.replace(moe, router=router))
             config = dataclasses.replace(config, model=model)
-        # Traced once on nothing, so that what cannot be routed is said before hours of training.
-        shape = (batch_size, *config.model.image_size, config.model.channels)
+        shape = (evaluation_batch_size(config), *config.model.image_size, config.model.channels)
         jax.eval_shape(lambda: make_model(config)(jnp.zeros(shape)).logits)
-    evaluate = make_evaluator(graph_of(config), config.loss, config.model.members)
+    return config
 
-    def evaluator(state: TrainState) -> Evaluation:
-        params = state.params if state.average is None else state.average
-        with contextlib.closing(test_batches(config.data, batch_size=batch_size)) as batches:
-            return evaluate((check_images(config, batch) for batch in batches), params, state.variables)
 
-    return evaluator
+def evaluation_batch_size(config: TrainConfig) -> int:
+    """Images per step of evaluation."""
+    return config.evaluate.batch_size or config.data.batch_size
+
+
+def arrays_of(state: TrainState) -> tuple[nnx.State, nnx.State]:
+    """What is evaluated of a state: its averaged parameters if it has them, and its variables."""
+    return state.params if state.average is None else state.average, state.variables
 
 
 def evaluate_checkpoint(
@@ -47,13 +67,22 @@ def evaluate_checkpoint(
 ) -> tuple[Evaluation, int]:
     """Evaluates a checkpoint of a run with the options of config, which may differ from those it was trained with.
 
+    Args, errors and the step returned are those of `restore`.
+    """
+    state, step = restore(config, workdir, step)
+    return evaluator_of(config)(state), step
+
+
+def restore(config: TrainConfig, workdir: str | os.PathLike[str], step: int | None = None) -> tuple[TrainState, int]:
+    """Reads what is evaluated of a checkpoint.
+
     Args:
       config: must describe a model with the same parameters; its router, say, may differ.
       workdir: of the run.
       step: of the checkpoint; None for the newest.
 
     Returns:
-      the evaluation and the step.
+      the state without that of the optimizer, and the step.
 
     Raises:
       UserError: there is no such checkpoint, it is damaged, or it is of another model.
@@ -68,4 +97,4 @@ def evaluate_checkpoint(
             state, _, step = checkpointer.restore_latest(abstract, partial=True)
         else:
             state, _ = checkpointer.restore(step, abstract, partial=True)
-    return evaluator_of(config)(state), step
+    return state, step

@@ -20,6 +20,7 @@ from jmoe.train.checkpoint import Checkpointer
 from jmoe.train.checks import abstract_batch, check_classes, check_images, readable
 from jmoe.train.config import TrainConfig, total_steps
 from jmoe.train.evaluation import evaluator_of
+from jmoe.train.fewshot import few_shot_evaluator_of
 from jmoe.train.log import MetricWriter, Progress
 from jmoe.train.signals import StopRequest
 from jmoe.train.state import graph_of, initial_state, make_optimizer
@@ -98,6 +99,7 @@ def _train(config: TrainConfig, workdir: str | os.PathLike[str], stop: StopReque
     graph = graph_of(config)
     step_function = jax.jit(make_step(config, graph, optimizer, steps), donate_argnums=0)
     evaluator = evaluator_of(config)
+    few_shot = None if config.evaluate.fewshot is None else few_shot_evaluator_of(config)
     evaluate_every = config.evaluate.every or max(1, steps // 10)
     save_every = config.checkpoint.every or max(1, steps // 10)
     make_state = jax.jit(lambda: initial_state(config, optimizer))
@@ -141,7 +143,8 @@ def _train(config: TrainConfig, workdir: str | os.PathLike[str], stop: StopReque
                 checkpointer.save(step, state, position | {"step": step})
             if step == steps or step % evaluate_every == 0:
                 evaluation = evaluator(state)
-                writer.write(step, _test_metrics(evaluation))
+                few_shot_metrics = {} if few_shot is None else few_shot(state).metrics()
+                writer.write(step, _test_metrics(evaluation) | few_shot_metrics)
                 progress.print(f"step {step}: test accuracy {100 * evaluation.accuracy:.2f} %")
             if stopped_by is not None and step < steps:
                 checkpointer.wait()

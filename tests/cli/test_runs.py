@@ -81,6 +81,23 @@ def test_what_was_interrupted_can_be_evaluated(interrupted, experiment, capsys):
     assert result["dropped_tokens"] > 0.5
 
 
+def test_the_features_of_what_was_interrupted_can_be_evaluated_by_a_few_images(interrupted, experiment, capsys):
+    workdir = interrupted[0]
+    arguments = ["evaluate", str(experiment), "--workdir", str(workdir), "--set", "steps=100000", "--fewshot"]
+    assert main([*arguments, "--set", "evaluate.fewshot=FewShot(shots=(1, 25))"]) == 0
+    step, head, digits, l2 = capsys.readouterr().out.splitlines()
+    assert step.startswith("step  ")
+    assert head.split() == ["few-shot", "1-shot", "25-shot"]
+    assert digits.startswith("digits ")
+    assert digits.endswith(" %  of 360 images")
+    assert l2.endswith("chosen on the test images")
+    assert main([*arguments, "--json"]) == 0
+    result = json.loads(capsys.readouterr().out)
+    assert list(result["accuracy"]["digits"]) == list(result["l2"]) == ["1", "5", "10", "25"]
+    assert main([*arguments, "--set", "evaluate.fewshot=FewShot(shots=(500,))"]) == 2
+    assert "digits: 500 shots need 500 training images of every class, and class 0 has 14" in capsys.readouterr().err
+
+
 def test_the_commands_refuse_in_one_line(interrupted, experiment, capsys):
     workdir = interrupted[0]
     assert main(["train", str(experiment), "--workdir", str(workdir)]) == 2

@@ -1,0 +1,77 @@
+"""Few-shot evaluation of a run: its datasets, brought to the protocol of `jmoe.evaluate.fewshot`."""
+
+import contextlib
+import dataclasses
+import os
+from collections.abc import Callable
+
+import numpy as np
+
+from jmoe.data import DataConfig, test_batches
+from jmoe.errors import UserError
+from jmoe.evaluate.fewshot import FeatureSet, FewShotResult, few_shot_accuracy, make_featurizer
+from jmoe.train.checks import check_images
+from jmoe.train.config import FewShot, TrainConfig
+from jmoe.train.evaluation import arrays_of, evaluation_batch_size, for_evaluation, restore
+from jmoe.train.state import TrainState, graph_of
+
+
+def few_shot_evaluator_of(config: TrainConfig) -> Callable[[TrainState], FewShotResult]:
+    """Returns a function that evaluates a state as config.evaluate.fewshot says, as published where that is None.
+
+    The features of a whole training split are computed, though few of them are fitted on: a class is known only when
+    the image is read. Of a large dataset, name a slice, such as TFDS("imagenet2012", train="train[:10%]").
+
+    Raises:
+      UserError: two datasets have one name, or the model cannot be evaluated. When called: images of another size than
+        the model's, or a class with fewer images than shots.
+    """
+    options = config.evaluate.fewshot or FewShot()
+    config = for_evaluation(config)
+    datasets = _datasets(config.data, options)
+    featurize = make_featurizer(graph_of(config), config.model.members)
+
+    def features(data: DataConfig, split: str, state: TrainState) -> FeatureSet:
+        on_data = dataclasses.replace(config, data=data)
+        with contextlib.closing(test_batches(data, split=split, batch_size=evaluation_batch_size(config))) as batches:
+            return featurize((check_images(on_data, batch) for batch in batches), *arrays_of(state))
+
+    def accuracy(name: str, train: FeatureSet, test: FeatureSet) -> np.ndarray:
+        num_classes = datasets[name].source.num_classes
+        choice = {"shots": options.shots, "l2": options.l2, "seed": options.seed, "dtype": options.dtype}
+        try:
+            return few_shot_accuracy(train, test, num_classes, **choice)
+        except ValueError as error:
+            raise UserError(f"{name}: {error}") from error
+
+    def evaluator(state: TrainState) -> FewShotResult:
+        accuracies, images = {}, {}
+        for name, data in datasets.items():
+            train, test = features(data, data.source.train, state), features(data, data.source.test, state)
+            accuracies[name] = accuracy(name, train, test)
+            images[name] = len(test.labels)
+        return FewShotResult.at_best_l2(accuracies, options.shots, options.l2, images)
+
+    return evaluator
+
+
+def few_shot_checkpoint(
+    config: TrainConfig, workdir: str | os.PathLike[str], step: int | None = None
+) -> tuple[FewShotResult, int]:
+    """Evaluates a checkpoint of a run by few-shot regression.
+
+    Args, errors and the step returned are those of `jmoe.train.evaluation.restore`.
+    """
+    state, step = restore(config, workdir, step)
+    return few_shot_evaluator_of(config)(state), step
+
+
+def _datasets(data: DataConfig, options: FewShot) -> dict[str, DataConfig]:
+    """The datasets to evaluate on, by name."""
+    preprocess = options.preprocess or data.test_preprocess
+    datasets: dict[str, DataConfig] = {}
+    for source in options.datasets or (data.source,):
+        if source.name in datasets:
+            raise UserError(f"FewShot has two datasets named {source.name!r}: evaluate on each of them by itself.")
+        datasets[source.name] = dataclasses.replace(data, source=source, test_preprocess=preprocess)
+    return datasets
