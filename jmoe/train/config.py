@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+import re
 import typing
 from typing import Literal
 
@@ -10,6 +11,8 @@ from jmoe.evaluate import fewshot
 from jmoe.models.vit import ViTConfig
 from jmoe.routing import Router
 from jmoe.train.optimizer import Optimizer
+
+Format = Literal["jmoe", "vmoe", "vit", "safetensors"]  # of a checkpoint
 
 
 @typing.no_type_check  # See DataConfig: checking a source might read the disk.
@@ -84,6 +87,42 @@ class CheckpointConfig:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class Initialize:
+    """Where the parameters of a new run come from. A run that is resumed goes on with its own.
+
+    Parameters are chosen by regular expressions, searched for anywhere in their names, as in an optimizer.
+
+    Attributes:
+      path: of the checkpoint.
+      format: "jmoe" for the folder of a run, or one that `jmoe convert` wrote; "vmoe" for the prefix of a published
+        V-MoE checkpoint, "vit" for the .npz file of a ViT, "safetensors" for a file that `jmoe convert` wrote.
+      fresh: parameters of the model that stay as they are drawn, whatever the checkpoint has: by default the head.
+      drop: parameters of the checkpoint that the model has no use for, such as "pre_logits" in published fine-tuning.
+      optimizer: whether to go on with the optimizer's state, too, and so with the step and the learning rate that
+        belongs to it. Moments of fresh and resized parameters start at zero, but Adam counts on as if they had been
+        gathered: until they are, it makes steps several times as long for these.
+    """
+
+    path: str
+    format: Format = "jmoe"
+    fresh: tuple[str, ...] = ("head",)
+    drop: tuple[str, ...] = ()
+    optimizer: bool = False
+
+    def __post_init__(self):
+        if self.format not in typing.get_args(Format):
+            known = ", ".join(map(repr, typing.get_args(Format)))
+            raise ValueError(f"Initialize wants format to be one of {known}; it got {self.format!r}.")
+        if self.optimizer and self.format != "jmoe":
+            raise ValueError(f"A checkpoint of format {self.format!r} has no optimizer state: set optimizer=False.")
+        for pattern in self.fresh + self.drop:
+            try:
+                re.compile(pattern)
+            except re.error as error:
+                raise ValueError(f"Initialize has {pattern!r}, which is not a regular expression: {error}.") from None
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class TrainConfig:
     """A training run: what an experiment file's get_config returns.
 
@@ -98,6 +137,7 @@ class TrainConfig:
       accumulate: parts of a batch that are computed one after the other, with their gradients averaged.
       ema_decay: of an exponential moving average of the parameters, which is then what is evaluated; None for none.
       seed: of parameters, noise, dropout and the order of images.
+      initialize: the checkpoint that the parameters of a new run come from; None draws them.
       evaluate: when and how.
       checkpoint: when.
       log_every: steps between lines of the log.
@@ -113,6 +153,7 @@ class TrainConfig:
     accumulate: int = 1
     ema_decay: float | None = None
     seed: int = 0
+    initialize: Initialize | None = None
     evaluate: EvalConfig = EvalConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
     log_every: int = 50

@@ -18,9 +18,10 @@ from jmoe.evaluate.accuracy import Evaluation
 from jmoe.train import workdir as folders
 from jmoe.train.checkpoint import Checkpointer
 from jmoe.train.checks import abstract_batch, check_classes, check_images, readable
-from jmoe.train.config import TrainConfig, total_steps
+from jmoe.train.config import Initialize, TrainConfig, total_steps
 from jmoe.train.evaluation import evaluator_of
 from jmoe.train.fewshot import few_shot_evaluator_of
+from jmoe.train.initialize import start_from
 from jmoe.train.log import MetricWriter, Progress
 from jmoe.train.signals import StopRequest
 from jmoe.train.state import graph_of, initial_state, make_optimizer
@@ -110,10 +111,13 @@ def _train(config: TrainConfig, workdir: str | os.PathLike[str], stop: StopReque
     with contextlib.ExitStack() as stack:
         checkpointer = stack.enter_context(Checkpointer(path / folders.CHECKPOINTS, keep=config.checkpoint.keep))
 
-        # State: drawn anew, or that of the last checkpoint.
+        # State: drawn anew, with other weights if the experiment names them, or that of the last checkpoint.
         start, resumed_from = 0, None
         if checkpointer.latest() is None:
             state = make_state()
+            if config.initialize is not None:
+                state = start_from(config.initialize, config.model, state)
+                start = _first_step(config.initialize, int(state.step), steps)
         else:
             state, saved, start = checkpointer.restore_latest(abstract_state)
             resumed_from = start
@@ -187,6 +191,16 @@ def mean_of(recent: list[Metrics], step: int, checkpointer: Checkpointer) -> dic
                     f"{checkpointer.directory}. Lower the learning rate or clip_norm; metrics.jsonl shows the way."
                 )
     return {name: float(np.mean([metrics[name] for metrics in fetched])) for name in fetched[0]}
+
+
+def _first_step(initialize: Initialize, step: int, steps: int) -> int:
+    """The step that a run goes on from, or raises UserError if it ends before."""
+    if step < steps:
+        return step
+    raise UserError(
+        f"{initialize.path} was saved after step {step}, and with initialize.optimizer the run goes on from there, but "
+        f"it has {steps} steps in all. Set more steps or epochs, or initialize.optimizer=false to begin at step 0."
+    )
 
 
 def _check_position(path: pathlib.Path, saved: dict[str, Any], position: dict[str, Any]) -> None:

@@ -9,9 +9,10 @@ from typing import Any
 from jmoe.errors import UserError
 from jmoe.train.checkpoint import latest
 from jmoe.train.config import TrainConfig
-from jmoe.train.config_json import differences, to_json
+from jmoe.train.config_json import differences, from_json, to_json
 
 CONFIG = "config.json"
+MODEL = "model.json"  # in its place, in a folder that `jmoe convert` wrote
 CHECKPOINTS = "checkpoints"
 SUMMARY = "summary.json"
 # What may change between the parts of a run without changing what it computes.
@@ -30,6 +31,8 @@ def prepare(workdir: str | os.PathLike[str], config: TrainConfig) -> pathlib.Pat
     new = to_json(config)
     try:
         path.mkdir(parents=True, exist_ok=True)
+        if (path / MODEL).exists():
+            raise UserError(f"{path} holds a converted model, not a run. Choose another --workdir.")
         begun = (path / SUMMARY).exists() or latest(path / CHECKPOINTS) is not None
         if begun and (path / CONFIG).exists():
             _check_same(path, new)
@@ -52,7 +55,7 @@ def differences_from_run(workdir: str | os.PathLike[str], config: TrainConfig, n
       named: dotted paths that were changed on purpose; they and what is below them are no difference.
     """
     try:
-        run = json.loads((pathlib.Path(workdir) / CONFIG).read_text())
+        run = _filled(json.loads((pathlib.Path(workdir) / CONFIG).read_text()))
     except (OSError, ValueError):
         return []
     wanted = to_json(config)
@@ -61,10 +64,26 @@ def differences_from_run(workdir: str | os.PathLike[str], config: TrainConfig, n
     return [line for line in found if not any(line.startswith((f"{name}.", f"{name}:")) for name in named)]
 
 
+def read_config(workdir: str | os.PathLike[str]) -> Any:
+    """Returns what the folder of a run, or a converted one, has as its configuration.
+
+    Raises:
+      UserError: it has none, or one that cannot be read here.
+    """
+    file = pathlib.Path(workdir) / MODEL
+    file = file if file.exists() else file.with_name(CONFIG)
+    try:
+        return from_json(json.loads(file.read_text()))
+    except OSError as error:
+        raise UserError(f"{file} cannot be read: {error.strerror or error}.") from error
+    except ValueError as error:
+        raise UserError(f"{file} is not a configuration of this jmoe: {error}") from error
+
+
 def _check_same(path: pathlib.Path, new: dict[str, Any]) -> None:
     """Raises UserError if the folder holds the run of another config."""
     try:
-        old = json.loads((path / CONFIG).read_text())
+        old = _filled(json.loads((path / CONFIG).read_text()))
     except ValueError as error:
         raise UserError(f"{path / CONFIG} is damaged ({error}). Restore it, or choose another --workdir.") from error
     changed = differences(_bound(old), _bound(new))
@@ -73,6 +92,14 @@ def _check_same(path: pathlib.Path, new: dict[str, Any]) -> None:
             f"{path} holds another experiment: {'; '.join(changed[:5])}{' ...' if len(changed) > 5 else ''} "
             "(there -> here). Choose another --workdir, or go back to the options it was started with."
         )
+
+
+def _filled(saved: Any) -> Any:
+    """A saved config with the options that are newer than it at their defaults; as it is if it cannot be built here."""
+    try:
+        return to_json(from_json(saved))
+    except UserError:
+        return saved
 
 
 def _bound(config: Any) -> Any:

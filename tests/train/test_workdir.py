@@ -1,0 +1,49 @@
+import json
+
+import pytest
+
+from jmoe.errors import UserError
+from jmoe.train import workdir as folders
+from jmoe.train.overrides import apply_overrides
+from tests.train.tiny import tiny_config
+
+
+@pytest.fixture
+def begun(tmp_path):
+    """The folder of a run that was saved by a jmoe without the options "initialize" and "renormalize"."""
+    folders.prepare(tmp_path, tiny_config())
+    (tmp_path / "summary.json").write_text("{}")
+    saved = json.loads((tmp_path / "config.json").read_text())
+    del saved["initialize"]
+    del saved["model"]["moe"]["router"]["renormalize"]
+    (tmp_path / "config.json").write_text(json.dumps(saved))
+    return tmp_path
+
+
+def test_options_that_are_newer_than_a_run_are_no_difference_at_their_defaults(begun):
+    assert folders.differences_from_run(begun, tiny_config(), []) == []
+    folders.prepare(begun, tiny_config())
+
+
+def test_options_that_are_newer_than_a_run_are_one_otherwise(begun):
+    changed = apply_overrides(tiny_config(), ["model.moe.router.renormalize=true", "initialize.path=elsewhere"])
+    assert folders.differences_from_run(begun, changed, []) == ["model.moe.router.renormalize: False -> True"]
+    with pytest.raises(UserError, match=r"another experiment: .*renormalize: False -> True; initialize: None -> Init"):
+        folders.prepare(begun, changed)
+
+
+def test_a_config_that_cannot_be_built_here_is_compared_as_it_is(begun):
+    saved = json.loads((begun / "config.json").read_text())
+    saved["model"]["moe"]["router"] = {"$type": "somewhere.else:Router"}
+    (begun / "config.json").write_text(json.dumps(saved))
+    with pytest.raises(UserError, match=r"model\.moe\.router: Router\(\) -> TopK\(k=1, "):
+        folders.prepare(begun, tiny_config())
+
+
+def test_the_config_of_a_folder_can_be_read(begun, tmp_path):
+    assert folders.read_config(begun) == tiny_config()
+    with pytest.raises(UserError, match=r"config\.json cannot be read: No such file or directory\.$"):
+        folders.read_config(tmp_path / "nothing")
+    (begun / "config.json").write_text("{")
+    with pytest.raises(UserError, match=r"config\.json is not a configuration of this jmoe: Expecting property"):
+        folders.read_config(begun)
