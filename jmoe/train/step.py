@@ -25,6 +25,9 @@ def make_step(
 ) -> Callable[[TrainState, Batch], tuple[TrainState, Metrics]]:
     """Returns (state, batch) -> (state, metrics), to be jitted with the state donated.
 
+    A batch holds "image" [B, Y, X, channels], pixels from 0 to 255, and "label": classes [B], or [B, num_classes] the
+    weight of each class from 0 to 1, as of an image that shows several things.
+
     The metrics are scalars: "loss" (of the task and auxiliary), its parts "loss/...", "accuracy", "gradient_norm",
     "learning_rate", and "block_i/..." of the routers.
     """
@@ -36,7 +39,7 @@ def make_step(
     ) -> tuple[jax.Array, tuple[nnx.State, Metrics]]:
         mixup_key, model_key = jax.random.split(key)
         images = scale_pixels(image)
-        targets = jax.nn.one_hot(label, num_classes)
+        targets = jax.nn.one_hot(label, num_classes) if label.ndim == 1 else label
         if config.mixup > 0:
             images, targets = mixup(mixup_key, images, targets, config.mixup)
         model = nnx.merge(graph, params, variables)
