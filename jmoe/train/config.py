@@ -27,6 +27,7 @@ class FewShot:
         (Resize(256), CentralCrop(224)), whatever the aspect ratio.
       l2: regularisations, of which the best is taken, for each number of shots and on all datasets together.
       seed: of the choice of images.
+      allow_fewer: whether a class that has fewer images than shots gives those, as published, instead of an error.
       dtype: of the regression; "float64" is more exact where l2 is small.
     """
 
@@ -35,6 +36,7 @@ class FewShot:
     preprocess: tuple[Preprocess, ...] = ()
     l2: tuple[float, ...] = fewshot.L2
     seed: int = fewshot.SEED
+    allow_fewer: bool = False
     dtype: Literal["float32", "float64"] = "float32"
 
     def __post_init__(self):

@@ -24,7 +24,7 @@ def few_shot_evaluator_of(config: TrainConfig) -> Callable[[TrainState], FewShot
 
     Raises:
       UserError: two datasets have one name, or the model cannot be evaluated. When called: images of another size than
-        the model's, or a class with fewer images than shots.
+        the model's, or a class with fewer images than shots, unless options allow it.
     """
     options = config.evaluate.fewshot or FewShot()
     config = for_evaluation(config)
@@ -38,9 +38,17 @@ def few_shot_evaluator_of(config: TrainConfig) -> Callable[[TrainState], FewShot
 
     def accuracy(name: str, train: FeatureSet, test: FeatureSet) -> np.ndarray:
         num_classes = datasets[name].source.num_classes
-        choice = {"shots": options.shots, "l2": options.l2, "seed": options.seed, "dtype": options.dtype}
         try:
-            return few_shot_accuracy(train, test, num_classes, **choice)
+            return few_shot_accuracy(
+                train,
+                test,
+                num_classes,
+                shots=options.shots,
+                l2=options.l2,
+                seed=options.seed,
+                allow_fewer=options.allow_fewer,
+                dtype=options.dtype,
+            )
         except ValueError as error:
             raise UserError(f"{name}: {error}") from error
 

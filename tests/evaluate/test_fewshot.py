@@ -91,6 +91,7 @@ def test_a_class_with_fewer_images_than_shots_is_named():
         ValueError, match="4 shots need 4 training images of every class, and class 1 has 3: evaluate wi"
     ):
         choose_shots(np.repeat(np.arange(CLASSES), [5, 3, 9]), CLASSES, 4)
+    assert len(choose_shots(np.repeat(np.arange(CLASSES), [3, 2, 9]), CLASSES, 4, allow_fewer=True)) == 3 + 2 + 4
     with pytest.raises(ValueError, match="class 2 has 0: "):
         choose_shots(np.array([0, 1, 0, 1]), CLASSES, 1)
 

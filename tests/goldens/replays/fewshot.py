@@ -16,11 +16,11 @@ def replay(case: Case) -> dict[str, np.ndarray]:
     shots, classes, seed = arrays["shots"].tolist(), config["num_classes"], config["permute_seed"]
     train = fewshot.FeatureSet(features=arrays["train_features"], labels=arrays["train_labels"])
     test = fewshot.FeatureSet(features=arrays["test_features"], labels=arrays["test_labels"])
-    accuracy = fewshot.few_shot_accuracy(train, test, classes, shots=shots, l2=l2, seed=seed)
+    accuracy = fewshot.few_shot_accuracy(train, test, classes, shots=shots, l2=l2, seed=seed, allow_fewer=True)
     found = {"accuracy": accuracy}
     scores = np.zeros((len(shots), len(l2), len(test.labels), classes))
     for i, count in enumerate(shots):
-        chosen = fewshot.choose_shots(train.labels, classes, count, seed)
+        chosen = fewshot.choose_shots(train.labels, classes, count, seed, allow_fewer=True)
         found[f"selected_train_index/shot{count}"] = chosen.astype(np.int32)
         ridge = fewshot.fit_ridge(train.features[chosen], train.labels[chosen], classes, "float64")
         for j, regularisation in enumerate(l2):
