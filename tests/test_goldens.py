@@ -25,7 +25,7 @@ COUNTS = {
     "layer": 6,
     "loss": 1,
     "mixup": 2,
-    "optim": 8,
+    "optim": 7,
     "ot": 10,
     "pp": 4,
     "routing_expert_choice": 5,
@@ -41,41 +41,43 @@ def test_all_recordings_are_here():
     assert COUNTS.keys() == INPUTS.keys()
 
 
-def tolerance(case, array: str) -> tuple[float, float] | None:
-    """rtol and atol for an array of floats, atol relative to its largest entry for gradients; None to leave it out."""
-    family, name = case.family, case.name
+def tolerance(case, array: str, value: np.ndarray) -> tuple[float, float]:
+    """rtol and atol, for gradients relative to their largest entry; (0, 0) for what must be equal."""
     gradient = array.startswith("grads")
-    if family == "dispatch" and "bf16" in name and gradient:
-        return 1e-2, 1e-2
-    if family == "vit":
-        if array == "jit_vs_eager_max_abs_diff_logits":
-            return 0.0, 1e-5  # how far two compilations are apart: both small
-        return (1e-3, 1e-4) if gradient else (1e-4, 2e-5)
-    if family == "ot":
-        if "lbfgs" in name:
-            return 5e-3, 5e-4
-        return (1e-3, 2e-4)
-    if family == "fewshot":
-        return (0.0, 1.01 / 120) if array == "accuracy" else (1e-4, 1e-6)
-    if family == "pp":
-        return (1e-5, 2e-5) if np.abs(case_scale(case, array)) <= 1.0 else (0.0, 2e-3)
-    if family == "optim":
-        if array.startswith("s") and "/values" in array:
+    match case.family:
+        case "checkpoint":
+            return 0, 0
+        case "dispatch" if gradient and case.config["bfloat16"]:
+            return 1e-2, 1e-2
+        case "fewshot" if array == "accuracy" and "best_l2" not in case.name:
+            return 0, 1.01 / len(case.arrays["test_labels"])  # one image
+        case "init":
+            return 1e-5, 1e-6
+        case "optim" if "/values" in array:
             return 2e-5, 1e-9
-        return (2e-5, 2e-4 if case.config["optimizer"].get("mu_dtype") == "bfloat16" else 5e-6)
-    if family == "train":
-        return (2e-5, 5e-4) if array.startswith("params_after") else (1e-4, 1e-5)
-    if family == "init":
-        return 1e-5, 1e-6
+        case "optim":
+            half = case.config["optimizer"].get("mu_dtype") == "bfloat16"
+            return 2e-5, 2e-4 if half else 5e-6
+        case "ot" if value.dtype.kind == "f":
+            return (5e-3, 5e-4) if "lbfgs" in case.name else (1e-3, 2e-4)
+        case "pp" if value.dtype == np.uint8 and "out" in array:
+            return 0, 1  # at exact integers, which a last bit decides
+        case "pp":
+            return (0, 2e-5) if np.abs(value).max(initial=0) <= 1 else (0, 2e-3)
+        case "train" if array.endswith("key/bias"):
+            # Its gradient is zero up to rounding, which Adam divides by its own size: a step of any sign each time.
+            return 0, 2 * case.config["steps"] * case.config["optimizer"]["learning_rate"]["peak_value"]
+        case "train":
+            return (2e-5, 5e-4) if array.startswith("params_after") else (1e-4, 2e-5)
+        case "vit" if array == "jit_vs_eager_max_abs_diff_logits":
+            return 0, 1e-5  # both are small: how far two ways to compile are apart
+        case "vit" if value.dtype.kind == "f":
+            return (1e-3, 1e-4) if gradient else (1e-4, 2e-5)
+    if value.dtype.kind in "iub":
+        return 0, 0
     if gradient:
         return 1e-4, 1e-5
-    if "loss" in array:
-        return 2e-4, 2e-6
-    return 1e-5, 2e-6
-
-
-def case_scale(case, array: str) -> float:
-    return float(np.abs(results(case.folder, case.name)[array]).max())
+    return (2e-4, 2e-6) if "loss" in array else (1e-5, 2e-6)
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -85,20 +87,22 @@ def test_recorded(name):
     assert expected.keys() <= found.keys(), "a result is missing"
     for array, value in expected.items():
         assert (found[array].shape, found[array].dtype) == (value.shape, value.dtype), array
-        exact = value.dtype.kind in "iub" and not (case.family == "pp" and "resize(" in pipeline(case, array))
-        if exact:
-            np.testing.assert_array_equal(found[array], value, err_msg=array)
+        if array in NOT_REPRODUCIBLE.get(name, ()):
             continue
-        rtol, atol = tolerance(case, array)
-        scale = scale_of_gradient(array, value, expected) if array.startswith("grads") else 1.0
-        np.testing.assert_allclose(found[array].astype(np.float64), value, rtol=rtol, atol=atol * scale, err_msg=array)
+        rtol, atol = tolerance(case, array, value)
+        if array.startswith("grads"):
+            # A key's bias changes all scores of a query alike: its gradient is zero up to rounding.
+            atol *= largest_gradient(expected) if array.endswith("key/bias") else np.abs(value).max()
+        actual, wanted = found[array].astype(np.float64), value.astype(np.float64)
+        np.testing.assert_allclose(actual, wanted, rtol=rtol, atol=atol, err_msg=array)
 
 
-def scale_of_gradient(array, value, expected) -> float:
-    # A key's bias changes all scores of a query alike: its gradient is zero up to rounding.
-    if array.endswith("key/bias"):
-        return max(np.abs(v).max() for name, v in expected.items() if name.startswith("grads"))
-    return np.abs(value).max()
+def largest_gradient(expected: dict[str, np.ndarray]) -> float:
+    return max(np.abs(value).max() for name, value in expected.items() if name.startswith("grads"))
+
+
+# The class token that vit_zoom draws at random where only the shape of the target is known.
+NOT_REPRODUCIBLE = {"init_vit_zoom": ("c6/output",)}
 
 
 def only_inputs(source: pathlib.Path, target: pathlib.Path, name: str) -> None:
@@ -115,12 +119,8 @@ def only_inputs(source: pathlib.Path, target: pathlib.Path, name: str) -> None:
 
 
 def test_the_command_needs_nothing_but_inputs(tmp_path, capsys):
-    chosen = (
-        "layer_topk_k1_bf16",
-        "routing_topk_ties_k2_bpr1",
-        "routing_topk_capacity_table",
-        "checkpoint_misc_dtypes",
-    )
+    topk = ("routing_topk_ties_k2_bpr1", "routing_topk_capacity_table")
+    chosen = ("layer_topk_k1_bf16", "checkpoint_misc_dtypes", *topk)
     (tmp_path / "cases").mkdir()
     for name in chosen:
         only_inputs(FOLDER, tmp_path / "cases", name)

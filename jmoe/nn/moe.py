@@ -80,8 +80,8 @@ class MoEConfig:
             )
         if self.members > 1 and isinstance(self.router, Soft | ExpertChoice):
             raise ValueError(
-                "An ensemble wants a router in which every token chooses among the experts of its member, such as TopK; "
-                f"it got {type(self.router).__name__}."
+                "An ensemble wants a router in which every token chooses among the experts of its member, such as "
+                f"TopK; it got {type(self.router).__name__}."
             )
         experts = self.num_experts // self.members
         if isinstance(self.router, TopK) and self.router.k > experts:

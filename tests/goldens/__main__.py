@@ -40,9 +40,9 @@ def main(argv: Sequence[str] | None = None) -> int:
             continue
         write(args.out / f"{name}.npz", {"config": np.array(json.dumps(case.config))} | case.arrays | found)
         print(f"{name}: {len(found)} results", flush=True)
-    print(
-        f"{len(cases) - len(failed)} of {len(cases)} cases replayed" + (f"; not: {', '.join(failed)}" if failed else "")
-    )
+    print(f"{len(cases) - len(failed)} of {len(cases)} cases replayed")
+    if failed:
+        print(f"not replayed: {', '.join(failed)}", file=sys.stderr)
     return 1 if failed else 0
 
 

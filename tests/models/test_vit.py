@@ -13,7 +13,7 @@ from flax import nnx
 import jmoe
 from jmoe.models.vit import VisionTransformer, ViTConfig, place, variant
 from jmoe.nn.patches import sincos2d
-from tests.reference_names import to_ours
+from tests.goldens.replays.networks import to_ours
 from tests.tolerance import tolerance
 
 GOLDENS = pathlib.Path(__file__).parent.parent / "goldens"

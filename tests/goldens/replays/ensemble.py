@@ -56,7 +56,7 @@ def replay(case: Case) -> dict[str, np.ndarray]:
         return found | {"grads_total/kernel": gradient}
 
     found = run(jnp.asarray(case.arrays["params/dense/kernel"]))
-    copies, M = case.arrays["reshape/inputs"], config["ensemble_size"]
+    copies, M = jnp.asarray(case.arrays["reshape/inputs"]), config["ensemble_size"]
     groups = interleave_members(copies, M)
     np.testing.assert_array_equal(separate_members(groups, M), copies)
     found["reshape/to_groups"] = groups.reshape(-1, config["reshape_group_size"], copies.shape[-1])

@@ -7,10 +7,32 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from jmoe.convert.names import our_name
 from jmoe.nn.moe import MoEConfig, MoEMlp
 from tests.goldens.case import Case
 from tests.goldens.replays.parts import Recorder, SparsePart, replace_losses, with_prefix
-from tests.reference_names import layer_to_ours
+
+LAYER = "Encoder/encoderblock_0/Moe/", "blocks/0/moe/"  # a sparse layer as a part of a network, there and here
+
+
+def to_ours(arrays: dict, there: str = "", here: str = "") -> dict:
+    """Nests {name in the reference: array} under our names; numbers, which index the blocks, become int."""
+    nested: dict = {}
+    for name, array in arrays.items():
+        ours = our_name(there + name)
+        if ours is None:
+            raise ValueError(f"the parameter {name!r} has no name of ours")
+        *parents, leaf = (int(p) if p.isdigit() else p for p in ours.removeprefix(here).split("/"))
+        node = nested
+        for parent in parents:
+            node = node.setdefault(parent, {})
+        node[leaf] = array
+    return nested
+
+
+def layer_to_ours(arrays: dict) -> dict:
+    """The same for the parameters of a single sparse layer."""
+    return to_ours(arrays, *LAYER)
 
 
 def with_parameters(make, parameters: dict):
@@ -44,8 +66,7 @@ def layer_results(
 
     The loss is sum(outputs * cotangent) + mean(auxiliary loss).
     """
-    N, T, D = inputs.shape
-    graph, state = with_parameters(functools.partial(_make, part.config, D), layer_to_ours(params))
+    graph, state = with_parameters(functools.partial(_make, part.config, inputs.shape[-1]), layer_to_ours(params))
 
     @jax.jit
     def run(state, inputs):

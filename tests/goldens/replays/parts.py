@@ -309,7 +309,7 @@ def replace_losses(config: MoEConfig, recorder: Recorder) -> MoEConfig:
     return dataclasses.replace(config, losses=(recorder,))
 
 
-def noise_of(case: Case) -> tuple[np.ndarray | None, float]:
+def noise_of(case: Case) -> tuple[jax.Array | None, float]:
     """The draws and noise_std of a case of a router alone; None where the reference takes its deterministic branch."""
     noisy = not case.config["deterministic"] and case.config["noise_std"] > 0
-    return (case.arrays["noise_unit"], case.config["noise_std"]) if noisy else (None, 0.0)
+    return (jnp.asarray(case.arrays["noise_unit"]), case.config["noise_std"]) if noisy else (None, 0.0)

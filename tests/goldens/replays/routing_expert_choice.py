@@ -28,7 +28,7 @@ def replay(case: Case) -> dict[str, np.ndarray]:
         def everything(kernel, inputs):
             logits = jnp.einsum("GSD,DE->GSE", inputs, kernel, precision="highest")
             gating = Gating(logits=logits, noisy_logits=logits) if noise is None else add_noise(logits, noise, sigma)
-            gates = gating.gates if given is None else with_values_of(gating.gates, given)
+            gates = gating.gates if given is None else with_values_of(gating.gates, jnp.asarray(given))
             routing = router(gates)
             found = sparse_masks(routing) | with_prefix("metrics/", expert_choice_metrics(routing))
             found["token_index_per_expert_slot"] = routing.token.reshape(len(inputs), routing.num_experts, -1)

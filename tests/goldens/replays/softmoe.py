@@ -14,7 +14,7 @@ from tests.goldens.replays.parts import from_slots, soft_metrics, sparse_part, t
 
 
 def replay(case: Case) -> dict[str, np.ndarray]:
-    config, inputs = case.config, case.arrays["inputs"]
+    config, inputs = case.config, jnp.asarray(case.arrays["inputs"])
     moe = {
         "num_experts": config["num_experts"],
         "group_size": config["group_size"],
@@ -36,8 +36,8 @@ def replay(case: Case) -> dict[str, np.ndarray]:
     gate.mu[...], gate.scale[...] = case.arrays["params/mu"], case.arrays["params/scale"]
     gating = gate(jnp.asarray(inputs))
     mixing = decide(part.config.router, gating)
-    G, S, D = inputs.shape
-    outputs = to_slots(case.arrays["expert_outputs"], G, P)
+    G, _, D = inputs.shape
+    outputs = to_slots(jnp.asarray(case.arrays["expert_outputs"]), G, P)
     dtype = part.config.exchange_dtype
     found |= {
         "mu_unit": unit(gate.mu[...], axis=0),

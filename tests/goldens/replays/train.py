@@ -10,6 +10,7 @@ import numpy as np
 import optax
 from flax import nnx
 
+from jmoe.convert.names import our_name
 from jmoe.data import DataConfig, Digits
 from jmoe.models.vit import VisionTransformer
 from jmoe.routing import Balance, Importance, Load
@@ -18,11 +19,10 @@ from jmoe.train.optimizer import Optimizer
 from jmoe.train.state import TrainState
 from jmoe.train.step import make_step
 from tests.goldens.case import Case
-from tests.goldens.replays.networks import flat, with_parameters
+from tests.goldens.replays.networks import flat, to_ours, with_parameters
 from tests.goldens.replays.optim import optimizer_of
 from tests.goldens.replays.parts import Recorder, SparsePart, replace_losses, take, with_prefix
 from tests.goldens.replays.vit import LOSS, vit_config
-from tests.reference_names import our_name, to_ours
 
 
 def replay(case: Case) -> dict[str, np.ndarray]:

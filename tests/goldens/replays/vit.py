@@ -11,9 +11,8 @@ from flax import nnx
 from jmoe.models.vit import VisionTransformer, ViTConfig
 from jmoe.nn.ensemble import prediction_loss, predictions, repeat_members, task_loss
 from tests.goldens.case import Case
-from tests.goldens.replays.networks import flat, with_parameters
+from tests.goldens.replays.networks import flat, to_ours, with_parameters
 from tests.goldens.replays.parts import Recorder, SparsePart, replace_losses, sparse_part, take, with_prefix
-from tests.reference_names import to_ours
 
 POOLS = {"token": "token", "gap": "mean", "map": "map", "0": "first"}
 LOSS = re.compile(r"(ensemble_)?(softmax|sigmoid)_xent")
@@ -21,7 +20,7 @@ LOSS = re.compile(r"(ensemble_)?(softmax|sigmoid)_xent")
 
 def replay(case: Case) -> dict[str, np.ndarray]:
     config = case.config
-    labels = case.arrays.get("labels")
+    labels = None if (given := case.arrays.get("labels")) is None else jnp.asarray(given)
     model, part = vit_config(config["model"], config["image_size"], config["deterministic"], case.group("noise_unit"))
     params = case.group("params")
     graph, state = with_parameters(functools.partial(VisionTransformer, model), to_ours(params))
