@@ -32,12 +32,14 @@ def run(args: argparse.Namespace) -> int:
     """Evaluates and prints the result."""
     from jmoe.train.experiment import load_experiment
 
-    config = load_experiment(args.experiment, args.overrides)
+    experiment = load_experiment(args.experiment)  # first, so that a mistyped path is answered in no time
 
     from jmoe.train.evaluation import evaluate_checkpoint
     from jmoe.train.fewshot import few_shot_checkpoint
+    from jmoe.train.imported import for_folder
     from jmoe.train.workdir import differences_from_run
 
+    config = for_folder(experiment, args.workdir, args.overrides)
     if any(override.startswith("model.moe") for override in args.overrides):
         # What is asked for here wins over the router that the experiment has for evaluation.
         config = dataclasses.replace(config, evaluate=dataclasses.replace(config.evaluate, router=None))

@@ -71,8 +71,7 @@ def load(format: str, path: str | os.PathLike[str]) -> Imported:
     if format == "vmoe":
         arrays = flatten(vmoe_format.read(path))
         notes = vmoe_format.read_notes(path)
-        if all(name.startswith("params/") for name in arrays):  # as in a whole training state
-            arrays = {name.removeprefix("params/"): array for name, array in arrays.items()}
+        arrays = {name.removeprefix("params/"): array for name, array in arrays.items()}  # of a training state
     elif format == "vit":
         arrays = vit_npz.read(path)
     elif format == "safetensors":
@@ -124,7 +123,7 @@ def save(
       UserError: the parameters are not those of the model, have no place in the format, or cannot be written.
     """
     flat = {name: np.asarray(jax.device_get(array)) for name, array in flatten(params).items()}
-    check({name: array.shape for name, array in flat.items()}, config, "The parameters to be written")
+    check({name: array.shape for name, array in flat.items()}, config, "What is to be written")
     if format == "vmoe":
         tree = nest(to_reference(flat))
         vmoe_format.write(path, tree, num_shards=num_shards, notes=notes, overwrite=overwrite)

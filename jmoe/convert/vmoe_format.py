@@ -104,7 +104,9 @@ def write(
         )
     prefix = _prefix(prefix)
     if (there := _files(prefix)) and not overwrite:
-        raise UserError(f"There is a checkpoint already: {there[0]}. Choose another prefix, or say --overwrite.")
+        raise UserError(
+            f"There is a checkpoint {prefix} already ({there[0].name}). Choose another, or say --overwrite."
+        )
     arrays: list[np.ndarray] = []
     index, parts = _plan(tree, num_shards, max_chunk_bytes, arrays)
     shards = [_shard(prefix, i, num_shards) for i in range(num_shards)]

@@ -186,7 +186,7 @@ def test_without_checksums_it_is_a_checkpoint_like_any_other(small):
 def test_nothing_is_replaced_unless_asked_for(small):
     before = files(small.parent)
     with pytest.raises(
-        UserError, match=r"There is a checkpoint already: .*x\.data-00000-of-00003\. Choose another prefix"
+        UserError, match=r"There is a checkpoint .*x already \(x\.data-00000-of-00003\)\. Choose another"
     ):
         write(small, {"c": np.ones(3)})
     assert files(small.parent) == before
