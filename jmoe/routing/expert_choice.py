@@ -49,13 +49,20 @@ class ExpertChoice:
         """Whether the result of a token is independent of the rest of its group."""
         return False
 
-    def __call__(self, gates: Float[Array, "G S E"], *, mask: Bool[Array, "G S"] | None = None) -> Routing:
+    def __call__(
+        self,
+        gates: Float[Array, "G S E"],
+        *,
+        mask: Bool[Array, "G S"] | None = None,
+        weights: Float[Array, "G S E"] | None = None,
+    ) -> Routing:
         """Routes groups of tokens.
 
         Args:
           gates: [G, S, E] float32, softmax over experts.
           mask: [G, S], False for padding, which no expert takes; experts that want more tokens than are real leave
             slots empty.
+          weights: [G, S, E] where the combine weights are read, if the gates are to choose and nothing else.
 
         Returns:
           a Routing with A = E * C, nothing dropped but padding; the weights are the gates, renormalised or not.
@@ -72,16 +79,18 @@ class ExpertChoice:
                 "or larger groups."
             )
         wanted = gates if mask is None else jnp.where(mask[..., None], gates, -1.0)  # padding comes last
-        weight, token = jax.lax.top_k(wanted.swapaxes(1, 2), C)  # [G, E, C]; equal gates: the earlier token first
+        gate, token = jax.lax.top_k(wanted.swapaxes(1, 2), C)  # [G, E, C]; equal gates: the earlier token first
+        weight = gate if weights is None else jnp.take_along_axis(weights.swapaxes(1, 2), token, axis=2)
         slot = jnp.broadcast_to(jnp.arange(C), (G, E, C))
         if mask is not None:
-            real = weight >= 0
+            real = gate >= 0
             slot, weight = jnp.where(real, slot, C), jnp.where(real, weight, 0.0)
         expert = jnp.broadcast_to(jnp.arange(E)[:, None], (G, E, C))
         if self.renormalize:
             group = jnp.arange(G)[:, None, None]
             taken = jnp.zeros((G, S, E), bool).at[group, token, expert].set(slot < C, unique_indices=True)
-            total = jnp.sum(jnp.where(taken, gates, 0), axis=-1)  # [G, S], of the experts that took the token
+            shares = jnp.where(taken, gates if weights is None else weights, 0)
+            total = jnp.sum(shares, axis=-1)  # [G, S], of the experts that took the token
             weight /= jnp.where(total > 0, total, 1)[group, token]
         return Routing(
             token=token.reshape(G, E * C),

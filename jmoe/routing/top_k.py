@@ -1,6 +1,7 @@
 """Token choice: every token takes its K best experts (V-MoE, Riquelme et al. 2021, arXiv:2106.05974, section 2)."""
 
 import dataclasses
+import functools
 from typing import Literal
 
 import jax
@@ -64,12 +65,19 @@ class TopK:
         """Whether the result of a token is independent of the rest of its group: only if nothing can be dropped."""
         return self.capacity_factor is None and self.capacity is None
 
-    def __call__(self, gates: Float[Array, "G S E"], *, mask: Bool[Array, "G S"] | None = None) -> Routing:
+    def __call__(
+        self,
+        gates: Float[Array, "G S E"],
+        *,
+        mask: Bool[Array, "G S"] | None = None,
+        weights: Float[Array, "G S E"] | None = None,
+    ) -> Routing:
         """Routes groups of tokens.
 
         Args:
           gates: [G, S, E] float32, softmax over experts.
           mask: [G, S], False for padding, which takes no slot.
+          weights: [G, S, E] where the combine weights are read, if the gates are to choose and nothing else.
 
         Returns:
           a Routing with choices = K; the weights are the gates of the chosen experts, dropped choices included.
@@ -86,12 +94,13 @@ class TopK:
         _, expert = jax.lax.top_k(jax.lax.stop_gradient(gates), K)  # [G, S, K]; equal gates: the lower expert first
         # Read back by a one-hot product: exact, and its gradient is elementwise where that of an index is a scatter.
         chosen = jax.nn.one_hot(expert, E, dtype=gates.dtype)  # [G, S, K, E]
-        weight = jnp.einsum("GSKE,GSE->GSK", chosen, gates, precision="highest")
+        read = functools.partial(jnp.einsum, "GSKE,GSE->GSK", chosen, precision="highest")
+        gate = read(gates)  # [G, S, K]
         if mask is None:
             mask = jnp.ones((G, S), bool)
 
         if self.batch_priority:
-            confidence = weight[..., 0] if self.priority == "max" else jnp.sum(weight, axis=-1)
+            confidence = gate[..., 0] if self.priority == "max" else jnp.sum(gate, axis=-1)
             order = jnp.argsort(-jax.lax.stop_gradient(confidence), axis=-1, stable=True)  # [G, S]
             back = jnp.argsort(order, axis=-1)
             slot = first_free_slots(
@@ -101,8 +110,10 @@ class TopK:
         else:
             slot = first_free_slots(expert, mask, E)
         slot = jnp.where(mask[..., None], slot, C)
+        weight = gate if weights is None else read(weights)
         if self.renormalize:
-            weight /= jnp.sum(weight, axis=-1, keepdims=True)  # of a softmax, so at least K / E
+            total = jnp.sum(weight, axis=-1, keepdims=True)  # of gates, at least K / E; of other weights perhaps 0
+            weight /= jnp.where(total > 0, total, 1.0)
 
         return Routing(
             token=jnp.broadcast_to(jnp.arange(S)[:, None], (G, S, K)).reshape(G, S * K),

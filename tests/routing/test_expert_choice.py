@@ -75,6 +75,16 @@ def test_capacity_follows_from_its_options(options, expected):
     assert jax.eval_shape(ExpertChoice(**options), shape).capacity == expected
 
 
+def test_weights_may_be_read_elsewhere_than_choices():
+    gates = jnp.array([[[0.6, 0.4], [0.9, 0.1], [0.3, 0.7], [0.8, 0.2]]])
+    weights = jnp.array([[[0.1, 0.3], [0.5, 0.0], [0.2, 0.6], [0.7, 0.4]]])
+    mask = jnp.array([[True, False, True, True]])
+    for renormalize, expected in ((False, [0.7, 0.1, 0.6, 0.3]), (True, [1.0, 0.25, 1.0, 0.75])):
+        routing = ExpertChoice(capacity_factor=1.0, renormalize=renormalize)(gates, mask=mask, weights=weights)
+        assert routing.token.tolist() == [[3, 0, 2, 0]]
+        np.testing.assert_allclose(routing.weight, [expected], rtol=1e-6)
+
+
 def test_more_slots_than_tokens_are_refused():
     with pytest.raises(ValueError, match="gives each expert 10") as error:
         ExpertChoice(capacity_factor=5.0)(jnp.ones((1, 8, 4)))

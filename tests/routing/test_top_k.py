@@ -157,6 +157,16 @@ def test_published_options_are_the_default():
     assert router.losses == (Importance(weight=0.005), Load(weight=0.005))
 
 
+def test_weights_may_be_read_elsewhere_than_choices():
+    gates = jnp.array([[[0.6, 0.4, 0.0], [0.1, 0.2, 0.7]]])
+    weights = jnp.array([[[0.1, 0.3, 0.6], [0.5, 0.0, 0.2]]])
+    for renormalize, expected in ((False, [0.1, 0.3, 0.2, 0.0]), (True, [0.25, 0.75, 1.0, 0.0])):
+        routing = TopK(k=2, batch_priority=True, renormalize=renormalize)(gates, weights=weights)
+        assert routing.expert.tolist() == [[0, 1, 2, 1]]
+        assert routing.slot.tolist() == [[0, 1, 0, 0]]  # the second token is surer: 0.7 is above 0.6
+        np.testing.assert_allclose(routing.weight, [expected], rtol=1e-6)
+
+
 def test_more_choices_than_experts_are_refused():
     with pytest.raises(ValueError, match=r"^TopK has k=3, but there are only 2 experts\. Choose k from 1 to 2\.$"):
         TopK(k=3)(jnp.ones((1, 4, 2)))
