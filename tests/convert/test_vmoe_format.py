@@ -156,7 +156,7 @@ def test_writing_takes_no_copy(tmp_path):
     tracemalloc.start()
     try:
         write(tmp_path / "x", tree, num_shards=2)
-        assert tracemalloc.get_traced_memory()[1] < 2**20
+        assert tracemalloc.get_traced_memory()[1] < 3 * 2**20  # a packer has a buffer of its own; an array has 4 MiB
     finally:
         tracemalloc.stop()
 

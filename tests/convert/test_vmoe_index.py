@@ -81,7 +81,7 @@ BAD = {
     "absolute": ({"/etc/passwd": GOOD}, "in 'its tree', has the key '/etc/passwd', which cannot be a part of"),
     "no text": ({b"a": GOOD}, "in 'its tree', has the key \"b'a'\", which cannot be a part of"),
     "deep": (deep(100), "has maps within maps more than 64 deep; no model has."),
-    "very deep": (deep(900), "has maps within maps more than 64 deep; no model has."),
+    "very deep": (deep(400), "has maps within maps more than 64 deep; no model has."),
     "leaf": (
         {"a": msgpack.ExtType(8, b"\x01")},
         "describes 'a' wrongly: it should be [shape and dtype, slices, shards], with",
