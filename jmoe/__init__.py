@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 from jmoe._version import __version__ as __version__
 
 if TYPE_CHECKING:
+    from jmoe import convert as convert
     from jmoe import linen as linen
     from jmoe import models as models
     from jmoe.dispatch import combine as combine
@@ -16,18 +17,22 @@ if TYPE_CHECKING:
     from jmoe.nn import MoEMlp as MoEMlp
     from jmoe.nn import MoEOutput as MoEOutput
     from jmoe.routing import Balance as Balance
+    from jmoe.routing import EntropicPlan as EntropicPlan
     from jmoe.routing import ExpertChoice as ExpertChoice
     from jmoe.routing import Importance as Importance
     from jmoe.routing import Load as Load
     from jmoe.routing import Mixing as Mixing
+    from jmoe.routing import QuadraticPlan as QuadraticPlan
     from jmoe.routing import Routing as Routing
     from jmoe.routing import Soft as Soft
     from jmoe.routing import Switch as Switch
     from jmoe.routing import TopK as TopK
+    from jmoe.routing import Transport as Transport
     from jmoe.routing import ZLoss as ZLoss
 
 __all__ = [
     "Balance",
+    "EntropicPlan",
     "ExpertChoice",
     "Importance",
     "Load",
@@ -35,19 +40,23 @@ __all__ = [
     "MoEConfig",
     "MoEMlp",
     "MoEOutput",
+    "QuadraticPlan",
     "Routing",
     "Soft",
     "Switch",
     "TopK",
+    "Transport",
     "ZLoss",
     "__version__",
     "combine",
+    "convert",
     "dispatch",
     "linen",
     "models",
 ]
 
 _HOME = {  # the others are in jmoe.routing
+    "convert": "jmoe",
     "linen": "jmoe",
     "models": "jmoe",
     "combine": "jmoe.dispatch",

@@ -19,3 +19,6 @@ from jmoe.routing.router import decide as decide
 from jmoe.routing.soft import Soft as Soft
 from jmoe.routing.switch import Switch as Switch
 from jmoe.routing.top_k import TopK as TopK
+from jmoe.routing.transport_router import EntropicPlan as EntropicPlan
+from jmoe.routing.transport_router import QuadraticPlan as QuadraticPlan
+from jmoe.routing.transport_router import Transport as Transport

@@ -13,7 +13,20 @@ import numpy as np
 from hypothesis import strategies
 
 from jmoe.dispatch import einsum
-from jmoe.routing import Decision, ExpertChoice, Gating, Routing, Soft, Switch, TopK, decide, routing_metrics
+from jmoe.routing import (
+    Decision,
+    EntropicPlan,
+    ExpertChoice,
+    Gating,
+    QuadraticPlan,
+    Routing,
+    Soft,
+    Switch,
+    TopK,
+    Transport,
+    decide,
+    routing_metrics,
+)
 
 ROUTERS = (
     TopK(),  # as published
@@ -29,6 +42,11 @@ ROUTERS = (
     ExpertChoice(capacity_factor=1.0, rounding="nearest"),
     ExpertChoice(capacity_factor=3.0, renormalize=True),
     Soft(slots_per_expert=3),
+    Transport(),
+    Transport(choice=TopK(k=1, capacity_factor=0.5, multiple=1), plan=EntropicPlan(), weights="clean_gates"),
+    Transport(choice=TopK(k=2, capacity_factor=None), plan=EntropicPlan(solver="newton"), weights="plan"),
+    Transport(choice=ExpertChoice(capacity_factor=1.0)),
+    Transport(choice=ExpertChoice(renormalize=True), plan=QuadraticPlan(sparse=False)),
 )
 ONE_HOT = tuple(router for router in ROUTERS if not isinstance(router, Soft))  # those that return a Routing
 
@@ -39,12 +57,13 @@ seeds = strategies.integers(0, 2**31 - 1)
 def name(router) -> str:
     """The router with those options that are not the default, as the name of a test."""
     default = type(router)()
+    options = {field.name: getattr(router, field.name) for field in dataclasses.fields(router)}
     changed = [
-        field.name
-        for field in dataclasses.fields(router)
-        if getattr(router, field.name) != getattr(default, field.name)
+        f"{option}={name(value) if dataclasses.is_dataclass(value) else repr(value)}"
+        for option, value in options.items()
+        if value != getattr(default, option)
     ]
-    return f"{type(router).__name__}({', '.join(f'{option}={getattr(router, option)!r}' for option in changed)})"
+    return f"{type(router).__name__}({', '.join(changed)})"
 
 
 QUICK = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}  # for LLVM; XLA's are the same
