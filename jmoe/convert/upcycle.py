@@ -15,8 +15,12 @@ from jmoe.convert.names import flatten, listed
 from jmoe.convert.transforms import expand_tile
 from jmoe.errors import UserError
 from jmoe.models.vit import VisionTransformer, ViTConfig
+from jmoe.nn import MoEConfig
+from jmoe.routing import ExpertChoice
 
-GATE_STD = 0.02  # as published
+# As published for vision.
+PUBLISHED = MoEConfig(num_experts=32, layers="every-2", router=ExpertChoice(capacity_factor=2.0, renormalize=True))
+GATE_STD = 0.02
 _GATE = re.compile(r"\bblocks/\d+/moe/gate/")
 
 

@@ -50,7 +50,14 @@ class Converted:
     model: ViTConfig
 
 
-def read(format: str, path: str | os.PathLike[str], *, step: int | None = None, sets: Sequence[str] = ()) -> Imported:
+def read(
+    format: str,
+    path: str | os.PathLike[str],
+    *,
+    step: int | None = None,
+    sets: Sequence[str] = (),
+    unversioned: bool = False,
+) -> Imported:
     """Reads a model.
 
     Args:
@@ -58,6 +65,7 @@ def read(format: str, path: str | os.PathLike[str], *, step: int | None = None, 
       path: of the folder or file, or the prefix.
       step: of the checkpoint, where a run has several; None for the newest.
       sets: edits "model.a.b=value" of the configuration, for what arrays do not tell.
+      unversioned: as for `jmoe.convert.load`.
 
     Raises:
       UserError: it cannot be read, or the parameters are not those of the model as edited.
@@ -69,7 +77,7 @@ def read(format: str, path: str | os.PathLike[str], *, step: int | None = None, 
     elif step is not None:
         raise UserError(f"Only a folder of jmoe has checkpoints of several steps; --step {step} is nothing for {path}.")
     else:
-        found = _with_noted_config(convert.load(format, path), path)
+        found = _with_noted_config(convert.load(format, path, unversioned=unversioned), path)
     config = apply_overrides(Converted(model=found.config), sets).model
     named = [text.split("=")[0].strip() for text in sets]
     assumed = {n: v for n, v in found.assumed.items() if not any(f"model.{n}.".startswith(f"{m}.") for m in named)}
@@ -122,6 +130,7 @@ def save_model(
     params: Mapping[str, Any],
     *,
     step: int = 0,
+    average: Mapping[str, Any] | None = None,
     optimizer: Mapping[str, Any] | None = None,
     overwrite: bool = False,
 ) -> None:
@@ -132,6 +141,7 @@ def save_model(
       config: the model.
       params: its parameters by name, such as "blocks/5/moe/experts/w_in".
       step: that they were saved after.
+      average: a moving average of the parameters to go on with, by the same names.
       optimizer: state to go on with by name, such as "direction/mu/head/kernel".
       overwrite: whether to replace a converted model.
 
@@ -142,6 +152,7 @@ def save_model(
     check({name: np.shape(array) for name, array in params.items()}, config, "What is to be saved")
     state = {"step": np.int32(step), "params": nest(params), "variables": _variables(config)}
     state |= {"key": jax.random.fold_in(jax.random.key(0), 1), "optimizer": nest(optimizer or {})}
+    state |= {"average": nest(average or {})}
     temporary, old = target.with_name(f".tmp.{target.name}"), target.with_name(f".old.{target.name}")
     try:
         if target.exists() and any(target.iterdir()) and not (overwrite and (target / MODEL).exists()):

@@ -6,7 +6,6 @@ import pathlib
 import shutil
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -14,64 +13,18 @@ from jmoe.convert import api as convert
 from jmoe.errors import UserError
 from jmoe.models.vit import ViTConfig
 from jmoe.train import loop
-from jmoe.train import workdir as folders
-from jmoe.train.checkpoint import Checkpointer
 from jmoe.train.config import Initialize
 from jmoe.train.initialize import below, start_from
 from jmoe.train.overrides import apply_overrides
-from jmoe.train.paths import path_names
-from jmoe.train.state import initial_state, make_optimizer
+from tests.train.saved import STEP, assert_same, by_name, drawn, save, trained
 from tests.train.tiny import tiny_config
 
 GOLDENS = pathlib.Path(__file__).parents[1] / "goldens"
-STEP = 7
 FINE_TUNING = (  # 2 by 2 patches become 4 by 6
     "model.image_size=(16, 24)",
     "model.num_classes=7",
     "seed=1",
 )
-
-
-def by_name(state):
-    return dict(zip(path_names(state), jax.tree.leaves(state), strict=True))
-
-
-def filled(config, value):
-    """The state of a run with value(name, shape) in its arrays; drawing it properly would be compiled."""
-
-    def leaf(name, like):
-        return jax.random.key(config.seed) if name == "key" else jnp.asarray(value(name, like.shape), like.dtype)
-
-    abstract = jax.eval_shape(lambda: initial_state(config, make_optimizer(config, 12)))
-    return jax.tree.unflatten(jax.tree.structure(abstract), [leaf(*item) for item in by_name(abstract).items()])
-
-
-def drawn(config):
-    """As before the first step: parameters all different, their average the same, all else zero."""
-    draw = np.random.default_rng(0)
-    state = filled(config, lambda name, shape: draw.normal(size=shape) if name[0] == "p" else np.zeros(shape))
-    return dataclasses.replace(state, average=state.params)
-
-
-def trained(config):
-    """As after step 7: no two arrays are alike, and second moments are positive."""
-    draw = np.random.default_rng(1)
-
-    def value(name, shape):
-        if name == "step" or name.endswith("count"):
-            return STEP
-        return np.abs(draw.normal(size=shape)) if "/nu/" in name else draw.normal(size=shape)
-
-    return filled(config, value)
-
-
-def save(config, folder, state=None, step=STEP):
-    """Writes what a run leaves in its folder, and returns the arrays by name."""
-    state = trained(config) if state is None else state
-    folders.prepare(folder, config)
-    with Checkpointer(folder / folders.CHECKPOINTS) as checkpointer:
-        checkpointer.save(step, state, {}, wait=True)
-    return by_name(state)
 
 
 @pytest.fixture(scope="module")
@@ -86,10 +39,6 @@ def started(folder, *changes, **options):
     config = apply_overrides(tiny_config(ema_decay=0.9), changes)
     state = drawn(config)
     return by_name(start_from(Initialize(path=str(folder), **options), config.model, state)), by_name(state)
-
-
-def assert_same(actual, expected):
-    np.testing.assert_array_equal(np.asarray(actual), np.asarray(expected))
 
 
 def test_fine_tuning_resizes_positions_replaces_the_head_and_takes_the_rest(source):
