@@ -56,20 +56,21 @@ class Imported:
     notes: Mapping[str, str]
 
 
-def load(format: str, path: str | os.PathLike[str]) -> Imported:
+def load(format: str, path: str | os.PathLike[str], *, unversioned: bool = False) -> Imported:
     """Reads a checkpoint and finds out the model it is of.
 
     Args:
       format: "vmoe" for the files PREFIX.index and PREFIX.data-* of google-research/vmoe, "vit" for the original .npz
         files of vision transformers, "safetensors" for what `save` wrote.
       path: the PREFIX, or the file.
+      unversioned: whether to read an index of before 2022-06-22 as it is to be read now; see `vmoe_format.read`.
 
     Raises:
       UserError: a file is missing or damaged, or its arrays are not those of a vision transformer of jmoe.
     """
     notes: Mapping[str, str] = {}
     if format == "vmoe":
-        arrays = flatten(vmoe_format.read(path))
+        arrays = flatten(vmoe_format.read(path, unversioned=unversioned))
         notes = vmoe_format.read_notes(path)
         arrays = {name.removeprefix("params/"): array for name, array in arrays.items()}  # of a training state
     elif format == "vit":

@@ -1,7 +1,8 @@
 """Checkpoints in the published layout of google-research/vmoe: PREFIX.index with PREFIX.data-nnnnn-of-NNNNN.
 
-Of the files, `vmoe_index` and `vmoe_shard` say what is in them. Beside them jmoe writes PREFIX.jmoe.json, which the
-reference does not look at: the checksum of every file, and notes such as the exact configuration of the model.
+Of the files, `vmoe_index` and `vmoe_shard` say what is in them. Beside them jmoe writes PREFIX.jmoe, which is JSON: the
+checksum of every file, and notes such as the exact configuration of the model. The reference does not look at it, but
+its trainer looks for steps in the names of all files like PREFIX_STEP.SUFFIX, and fails on a second dot.
 """
 
 import contextlib
@@ -32,7 +33,7 @@ from jmoe.errors import UserError
 MAX_CHUNK_BYTES = 2**28  # of the reference's writer
 
 
-def read(prefix: str | os.PathLike[str]) -> dict[str, Any]:
+def read(prefix: str | os.PathLike[str], *, unversioned: bool = False) -> dict[str, Any]:
     """Reads a checkpoint as nested dictionaries of arrays, bit for bit; lists and tuples come as {"0": ..., "1": ...}.
 
     Everything is compared before an array is allocated: sizes of files, what the index says, and what is in the shards.
@@ -41,6 +42,8 @@ def read(prefix: str | os.PathLike[str]) -> dict[str, Any]:
 
     Args:
       prefix: the path without ".index"; that ending may be there.
+      unversioned: whether to read an index of before 2022-06-22, which does not say how its arrays are numbered, as
+        that of a tree of dictionaries: by sorted names, as now. Shapes and dtypes are compared with the shards' own.
 
     Raises:
       UserError: a file is missing, damaged, or not what the index says; the message names the file and the array.
@@ -48,7 +51,7 @@ def read(prefix: str | os.PathLike[str]) -> dict[str, Any]:
     prefix = _prefix(prefix)
     try:
         _verify(prefix)
-        index = read_index(_index(prefix))
+        index = read_index(_index(prefix), unversioned=unversioned)
         shards = _present_shards(prefix, index.num_shards)
         wanted: list[set[tuple[int, Slices]]] = [set() for _ in shards]
         for number, leaf in enumerate(index.leaves):
@@ -264,7 +267,7 @@ def _index(prefix: pathlib.Path) -> pathlib.Path:
 
 
 def _jmoe(prefix: pathlib.Path) -> pathlib.Path:
-    return prefix.with_name(f"{prefix.name}.jmoe.json")
+    return prefix.with_name(f"{prefix.name}.jmoe")
 
 
 def _temporary(path: pathlib.Path) -> pathlib.Path:
@@ -277,7 +280,7 @@ def _shard(prefix: pathlib.Path, i: int, count: int) -> pathlib.Path:
 
 def _files(prefix: pathlib.Path, start: str = "") -> list[pathlib.Path]:
     """Returns the files of a checkpoint that there are, of any number of shards."""
-    name = re.compile(re.escape(start + prefix.name) + r"\.(index|jmoe\.json|data-\d{5,}-of-\d{5,})")
+    name = re.compile(re.escape(start + prefix.name) + r"\.(index|jmoe|data-\d{5,}-of-\d{5,})")
     return sorted(path for path in prefix.parent.glob("*") if name.fullmatch(path.name))
 
 

@@ -79,8 +79,12 @@ def pack_index(index: Index) -> bytes:
     return pack({"shard_count": index.num_shards, "index": describe(index.tree), "version": VERSION})
 
 
-def read_index(path: pathlib.Path) -> Index:
-    """Reads an index file and checks that the chunks of every array are disjoint and cover it.
+def read_index(path: pathlib.Path, *, unversioned: bool = False) -> Index:
+    """Reads an index file and checks that the chunks of every array can be disjoint and cover it.
+
+    Args:
+      path: of the file.
+      unversioned: whether one without a version is read as if it had this one.
 
     Raises:
       UserError: it is no such file, is damaged, is of another version, or describes what cannot be read.
@@ -88,12 +92,12 @@ def read_index(path: pathlib.Path) -> Index:
     content = _load(path)
     if not isinstance(content, dict) or "index" not in content:
         raise UserError(f"{path} is no index of a checkpoint: it should hold a map with 'index' and 'shard_count'.")
-    version = content.get("version")
+    version = content.get("version", VERSION if unversioned else None)
     if version is None:
-        # Its leaves are numbered in the order of a structure that is not in the file: arrays could be swapped unseen.
+        # Its arrays are numbered in the order of a tree that is not in the file: equal shapes could be swapped unseen.
         raise UserError(
-            f"{path} has no version: it was written before {VERSION}, when arrays were not numbered by their names, "
-            "and cannot be read without its program. Load and save it once with google-research/vmoe."
+            f"{path} has no version: it was written before {VERSION} and does not say how its arrays are numbered. If "
+            "it was saved from nothing but dictionaries, as parameters are, that is by sorted names: say --unversioned."
         )
     if version != VERSION:
         raise UserError(f"{path} has version {str(version)[:40]!r}; jmoe reads version {VERSION!r}.")

@@ -3,11 +3,13 @@
 import json
 import os
 import pathlib
+import shutil
 import subprocess
 import sys
 
 import jax
 import jax.numpy as jnp
+import msgpack
 import numpy as np
 import pytest
 from flax import nnx
@@ -93,6 +95,21 @@ def test_there_and_back_again_is_the_same_checkpoint(tmp_path, capsys):
     assert main(["convert", "--from", str(tmp_path / "model"), *out]) == 2
     assert last_line(capsys).endswith("x already (x.data-00000-of-00003). Choose another, or say --overwrite.")
     assert main(["convert", "--from", str(tmp_path / "model"), *out, "--overwrite"]) == 0
+
+
+def test_an_index_without_a_version_is_read_on_demand(tmp_path, capsys):
+    content = msgpack.unpackb(SHARDED.with_suffix(".index").read_bytes())
+    del content["version"]
+    (tmp_path / "x.index").write_bytes(msgpack.packb(content))
+    for path in GOLDENS.glob("checkpoint_params_sharded.data-*"):
+        shutil.copy(path, tmp_path / path.name.replace("checkpoint_params_sharded", "x"))
+    convert = ["convert", "--from", "vmoe", str(tmp_path / "x"), "--to", str(tmp_path / "model")]
+    assert main(convert) == 2
+    assert "has no version: it was written before 20220622" in last_line(capsys)
+    assert main([*convert, "--unversioned"]) == 0
+    assert main(["convert", "--from", str(tmp_path / "model"), "--to", "vmoe", str(tmp_path / "y")]) == 0
+    expected = (GOLDENS / "checkpoint_params_1shard.data-00000-of-00001").read_bytes()
+    assert (tmp_path / "y.data-00000-of-00001").read_bytes() == expected
 
 
 def test_an_original_vit_is_converted(tmp_path, capsys):

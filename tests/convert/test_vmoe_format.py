@@ -2,6 +2,7 @@
 
 import json
 import pathlib
+import re
 import shutil
 import tracemalloc
 
@@ -75,7 +76,7 @@ def test_what_is_written_is_what_the_reference_writes(case, tmp_path):
     if case == "params_sharded":  # its chunks follow the devices that the reference's arrays were on
         return
     for name, content in files(tmp_path).items():
-        if name.endswith(".jmoe.json"):
+        if name.endswith(".jmoe"):
             continue
         expected = (GOLDENS / name).read_bytes()
         if name == "checkpoint_misc_dtypes.index":  # it says which scalar was of weak type, which NumPy does not know
@@ -172,6 +173,13 @@ def small(tmp_path):
     return tmp_path / "x"
 
 
+def test_the_trainer_of_the_reference_finds_the_step_in_the_name_of_every_file(tmp_path):
+    write(tmp_path / "ckpt_300", {"a": np.ones(3)}, num_shards=2)
+    names = sorted(files(tmp_path))
+    assert len(names) == 4
+    assert all(re.fullmatch(r"ckpt_300\.[a-zA-Z]+(-[0-9]+-of-[0-9]+)?", name) for name in names)
+
+
 def test_notes_are_kept(small):
     assert read_notes(small) == {"model": "ViT"}
     assert read_notes(GOLDENS / "checkpoint_misc_dtypes") == {}
@@ -179,7 +187,7 @@ def test_notes_are_kept(small):
 
 def test_without_checksums_it_is_a_checkpoint_like_any_other(small):
     tree = read(small)
-    small.with_name("x.jmoe.json").unlink()
+    small.with_name("x.jmoe").unlink()
     assert same(read(small), tree)
 
 
@@ -191,7 +199,7 @@ def test_nothing_is_replaced_unless_asked_for(small):
         write(small, {"c": np.ones(3)})
     assert files(small.parent) == before
     write(small, {"c": np.ones(3)}, overwrite=True)
-    assert sorted(files(small.parent)) == ["x.data-00000-of-00001", "x.index", "x.jmoe.json"]
+    assert sorted(files(small.parent)) == ["x.data-00000-of-00001", "x.index", "x.jmoe"]
     assert same(read(small), {"c": np.ones(3)})
 
 
@@ -239,13 +247,13 @@ def test_a_missing_file_is_named(small):
     for path in list(small.parent.iterdir()):
         content = path.read_bytes()
         path.unlink()
-        if not path.name.endswith(".json"):
+        if not path.name.endswith(".jmoe"):
             assert (
                 sentence(small)
-                == f"{path.name} is missing: x.jmoe.json lists it. Bring all files of the checkpoint together."
+                == f"{path.name} is missing: x.jmoe lists it. Bring all files of the checkpoint together."
             )
         path.write_bytes(content)
-    small.with_name("x.jmoe.json").unlink()
+    small.with_name("x.jmoe").unlink()
     small.with_name("x.data-00002-of-00003").unlink()
     assert sentence(small) == (
         "x.data-00002-of-00003 is missing: x.index says that there are 3 shards. Bring all files of "
@@ -262,12 +270,10 @@ def test_a_changed_file_is_named(small):
         content = path.read_bytes()
         path.write_bytes(content[:-3] + bytes([content[-3] ^ 1]) + content[-2:])
         found = sentence(small)
-        if path.name == "x.jmoe.json":
-            assert found == "x.jmoe.json, with the checksums of the checkpoint, is damaged: it is not what was written."
+        if path.name == "x.jmoe":
+            assert found == "x.jmoe, with the checksums of the checkpoint, is damaged: it is not what was written."
         else:
-            assert found.startswith(
-                f"{path.name} is not what was written: its checksum differs from that in x.jmoe.json."
-            )
+            assert found.startswith(f"{path.name} is not what was written: its checksum differs from that in x.jmoe.")
         path.write_bytes(content)
 
 

@@ -67,8 +67,8 @@ BAD = {
     ),
     "no version": (
         msgpack.packb({"shard_count": 1, "index": {"w": GOOD}}),
-        "has no version: it was written before 20220622, when arrays were not numbered by their names, and cannot be "
-        "read without its program. Load and save it once with google-research/vmoe.",
+        "has no version: it was written before 20220622 and does not say how its arrays are numbered. If it was saved "
+        "from nothing but dictionaries, as parameters are, that is by sorted names: say --unversioned.",
     ),
     "version": (published.index({}, version="20990101"), "has version '20990101'; jmoe reads version '20220622'."),
     "shard count": (published.index({}, shard_count=0), "has shard_count 0, which must be an integer of at least 1."),
@@ -153,3 +153,10 @@ def test_parts_are_disjoint_or_named():
     leaf = Leaf(name="w", shape=(3, 3), dtype=np.dtype("int8"), chunks=dict.fromkeys(parts, 0))
     with pytest.raises(ValueError, match=r"its part \[1:3, 1:2\] overlaps another"):
         check_disjoint(leaf)
+
+
+def test_an_index_without_a_version_is_read_as_one_of_now_on_demand(tmp_path):
+    old = msgpack.packb({"shard_count": 2, "index": {"b": GOOD, "a": GOOD}})
+    assert [leaf.name for leaf in read_index(written(tmp_path, old), unversioned=True).leaves] == ["a", "b"]
+    with pytest.raises(UserError, match="has version '7'; jmoe reads version '20220622'"):
+        read_index(written(tmp_path, published.index({}, version="7")), unversioned=True)
