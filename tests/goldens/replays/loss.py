@@ -1,5 +1,7 @@
 """Losses in training and in evaluation, of single networks and of ensembles."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -10,20 +12,26 @@ from tests.goldens.replays.parts import select, with_prefix
 
 
 def replay(case: Case) -> dict[str, np.ndarray]:
-    kinds: tuple[Likelihood, ...] = ("softmax", "sigmoid")
+    return jax.device_get(jax.jit(functools.partial(losses, case.config["ensemble_size"]))(case.arrays))
+
+
+def losses(members: int, arrays: dict[str, jax.Array]) -> dict[str, jax.Array]:
+    """By each loss, what it makes of the logits of a network and of those of an ensemble."""
+    likelihoods: tuple[Likelihood, ...] = ("softmax", "sigmoid")
     found = {}
-    for kind in kinds:
-        found |= with_prefix(f"{kind}_xent/", results(case, "logits", 1, kind))
-        members = case.config["ensemble_size"]
-        found |= with_prefix(f"ensemble_{kind}_xent/", results(case, "logits_ensemble", members, kind))
-    return jax.device_get(found)
+    for likelihood in likelihoods:
+        found |= with_prefix(f"{likelihood}_xent/", results(arrays, arrays["logits"], 1, likelihood))
+        of_members = results(arrays, arrays["logits_ensemble"], members, likelihood)
+        found |= with_prefix(f"ensemble_{likelihood}_xent/", of_members)
+    return found
 
 
-def results(case: Case, name: str, members: int, likelihood: Likelihood) -> dict[str, jax.Array]:
-    """All that is recorded of one loss: by kind of labels, the loss and its state after one batch of evaluation."""
-    logits, valid = jnp.asarray(case.arrays[name]), case.arrays["valid"]
-    found = {"pred": predictions(logits, members, likelihood)}
-    for kind, labels in select(jax.tree.map(jnp.asarray, case.arrays), "labels_").items():
+def results(
+    arrays: dict[str, jax.Array], logits: jax.Array, members: int, likelihood: Likelihood
+) -> dict[str, jax.Array]:
+    """By kind of labels, the loss, its gradient, and the state of an evaluation after one batch."""
+    valid, found = arrays["valid"], {"pred": predictions(logits, members, likelihood)}
+    for kind, labels in select(arrays, "labels_").items():
 
         def training(logits, labels=labels):
             return task_loss(logits, repeat_members(labels, members), likelihood)
