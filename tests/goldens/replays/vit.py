@@ -44,11 +44,11 @@ def replay(case: Case) -> dict[str, np.ndarray]:
                 found[f"router_gates/encoderblock_{i}"] = gating.group_gates
         found["metrics/auxiliary_loss"] = auxiliary
         if model.num_classes is None:
-            found["loss/total"] = feature_loss(config["total_loss"], logits, case) + jnp.mean(auxiliary)
+            found["loss/main"] = feature_loss(config["total_loss"], logits, case)
         else:
             found |= losses(config["loss"], model.members, logits, labels)
-            found["loss/auxiliary"] = jnp.mean(auxiliary)
-            found["loss/total"] = found["loss/main"] + found["loss/auxiliary"]
+        found["loss/auxiliary"] = jnp.mean(auxiliary)
+        found["loss/total"] = found["loss/main"] + found["loss/auxiliary"]
         return found["loss/total"], found
 
     images = jnp.asarray(case.arrays["images"])
