@@ -24,6 +24,7 @@ from jmoe.models.vit import ViTConfig
 from jmoe.train import workdir as folders
 from jmoe.train.checkpoint import Checkpointer, peek
 from jmoe.train.config import Initialize
+from jmoe.train.config_json import differences, to_json
 from jmoe.train.paths import path_names
 
 log = logging.getLogger(__name__)
@@ -136,7 +137,7 @@ def start_from(initialize: Initialize, model: ViTConfig, state: Any) -> Any:
     drawn = dict(zip(path_names(state), leaves, strict=True))
     params = below("params", drawn)
 
-    averaged = source.average and not initialize.optimizer
+    averaged = bool(source.average) and not initialize.optimizer
     match = match_params(initialize, source.average if averaged else source.params, source.model, params, model)
     values = {f"params/{name}": value for name, value in match.values.items()}
     if below("average", drawn):
@@ -149,6 +150,9 @@ def start_from(initialize: Initialize, model: ViTConfig, state: Any) -> Any:
 
     what = "moving average" if averaged else "parameters and optimizer state" if initialize.optimizer else "parameters"
     log.info("Starts from the %s of step %d in %s: %s.", what, source.step, initialize.path, match)
+    if initialize.format == "jmoe":  # of other programs' models the options are not known
+        changed = differences(to_json(source.model), to_json(model))
+        log.info("Options of the model, there -> here: %s.", "; ".join(changed) or "the same")
     return treedef.unflatten([_like(leaf, values[name]) if name in values else leaf for name, leaf in drawn.items()])
 
 

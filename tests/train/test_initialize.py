@@ -95,12 +95,12 @@ def test_moments_of_what_is_fresh_or_resized_start_at_zero(source):
 def test_the_log_says_what_came_from_where(source, caplog):
     caplog.set_level(logging.INFO, logger="jmoe")
     started(source[0], *FINE_TUNING)
-    (message,) = [record.getMessage() for record in caplog.records if "Starts" in record.getMessage()]
-    assert message == (
+    assert [record.getMessage() for record in caplog.records] == [
         f"Starts from the moving average of step 7 in {source[0]}: 38 arrays loaded as they are; positions resized "
         "from 2 by 2 to 4 by 6 patches; 1,872 parameters in all; fresh: head/bias, head/kernel; "
-        "not used: head/bias, head/kernel."
-    )
+        "not used: head/bias, head/kernel.",
+        "Options of the model, there -> here: num_classes: 10 -> 7; image_size.0: 8 -> 16; image_size.1: 8 -> 24.",
+    ]
 
 
 def test_a_class_token_comes_and_goes_with_its_position(tmp_path):
