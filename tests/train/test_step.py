@@ -49,6 +49,20 @@ def test_the_loss_is_that_of_the_task_and_of_the_routers():
     np.testing.assert_allclose(metrics["loss/task"], np.log(10), rtol=1e-6)
 
 
+def test_labels_may_be_weights_of_classes():
+    config = without_randomness(loss="sigmoid")
+    step = make_step(config, graph_of(config), optimizer := make_optimizer(config, 12), 12)
+    state = jax.jit(lambda: initial_state(config, optimizer))()
+    batch = next(train_batches(config.data, seed=0))
+
+    def loss(label):
+        return jax.jit(step)(state, {"image": batch["image"], "label": label})[1]["loss/task"]
+
+    # A head that starts at zero: each class costs log(1 + 1/10), and log(10) more for each label.
+    np.testing.assert_allclose(loss(batch["label"]), 10 * np.log(1.1) + np.log(10), rtol=1e-6)
+    np.testing.assert_allclose(loss(np.full((48, 10), 0.5, np.float32)), 10 * np.log(1.1) + 5 * np.log(10), rtol=1e-6)
+
+
 def test_every_member_of_an_ensemble_learns_by_its_own_loss():
     config = without_randomness(accumulate=2)
     moe = dataclasses.replace(config.model.moe, num_experts=4, members=2)
