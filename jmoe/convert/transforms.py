@@ -166,7 +166,7 @@ def _transformed(
         case (None,):
             return values[0]
         case "reshape", *shape:
-            return values[0].reshape(*shape or [target.shape])
+            return values[0].reshape((shape and shape[0]) or target.shape)
         case "squeeze", axis:
             return values[0].squeeze(axis)
         case "stack", axis:

@@ -53,6 +53,7 @@ def test_a_sign_belongs_to_the_number_and_names_of_different_lengths_compare():
     [
         ((), counted(2, 3), counted(2, 3)),
         (("reshape",), counted(6), counted(2, 3)),
+        (("reshape", None), counted(6), counted(2, 3)),
         (("reshape", [3, 2]), counted(6), counted(3, 2)),
         (("squeeze", 1), counted(2, 1, 3), counted(2, 3)),
         (("squeeze", -1), counted(2, 1), counted(2)),
