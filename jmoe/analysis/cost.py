@@ -142,9 +142,10 @@ def _sparse_block(config: ViTConfig, batch_size: int | None) -> tuple[Part, Part
         (G, A), S, E, C = decision.token.shape, decision.group_size, decision.num_experts, decision.capacity
         # Without slots there is a row for every choice.
         rows = G * (A if resolve(moe.method, decision) == "ragged" else E * C) / B
-    factor = getattr(moe.router, "capacity_factor", None)
+    router = getattr(moe.router, "choice", moe.router)  # by which Transport chooses
+    factor = getattr(router, "capacity_factor", None)
     if batch_size is None and factor is not None:
-        rows = config.members * T * getattr(moe.router, "k", 1) * factor
+        rows = config.members * T * getattr(router, "k", 1) * factor
     one_hot = 4 * S * rows * D  # two products with a [S, E * C] matrix
     gate, experts = (_count(nnx.state(part, nnx.Param)) for part in (layer.gate, layer.experts))
     # A gate multiplies each of its parameters with each token once; a member's share of them with its own tokens.

@@ -123,6 +123,11 @@ def test_a_batch_has_slots_in_whole_numbers_and_pads_the_last_group():
     assert flops(options(moe=ragged), 5)["experts"] == pytest.approx(2 * 7 * 4 * 24 * 36)
 
 
+def test_a_choice_by_transport_costs_what_it_costs_by_gates():
+    by_plan = dataclasses.replace(SPARSE, router=jmoe.Transport(choice=SPARSE.router))
+    assert flops(options(moe=by_plan)) == flops(options(moe=SPARSE))
+
+
 def test_where_nothing_is_dropped_every_expert_has_a_slot_for_every_token():
     dropless = dataclasses.replace(SPARSE, router=jmoe.TopK(capacity_factor=None), method="gather")
     assert flops(options(moe=dropless))["experts"] == pytest.approx(6 * 7 * 4 * 24 * 36)
