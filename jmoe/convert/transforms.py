@@ -152,7 +152,7 @@ def apply_rules(
     for name, (rule, values) in found.items():
         try:
             value = _transformed(rule, values, target[name])
-        except ValueError as error:
+        except (ValueError, TypeError) as error:
             raise UserError(f"{name!r} cannot be made by the rule {rule}: {error}") from error
         result[name] = _fitted(name, value, target[name], cast=cast, broadcast=broadcast)
     return {name: result[name] for name in target}

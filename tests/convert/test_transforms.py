@@ -6,7 +6,7 @@ from jmoe.convert.transforms import Rule, apply_rules, expand_tile, natural_key,
 from jmoe.errors import UserError
 
 
-def counted(*shape, dtype=np.float32):
+def counted(*shape, dtype: type = np.float32):
     return np.arange(np.prod(shape), dtype=dtype).reshape(shape)
 
 
@@ -130,6 +130,11 @@ def test_what_matches_nothing_is_an_error_unless_it_may_stay():
             [("a/2", ""), ("/1", "", "reshape", (7,))],
             "'a' cannot be made by the rule ('/1', '', 'reshape', (7,)): "
             "cannot reshape array of size 2 into shape (7,)",
+        ),
+        (
+            [("a/2", ""), ("/1", "", "squeeze", "x")],
+            "'a' cannot be made by the rule ('/1', '', 'squeeze', 'x'): "
+            "'str' object cannot be interpreted as an integer",
         ),
         (
             [("a/2", ""), ("/1", "", "vit_zoom")],
