@@ -38,22 +38,36 @@ class Parameter:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Imported:
-    """A checkpoint of another program.
+class Arrays:
+    """The arrays of a checkpoint, of whatever model.
 
     Attributes:
-      config: the model that the arrays imply.
-      assumed: dotted options of config that arrays do not tell, such as "moe.router"; they have published values.
       params: float32 arrays by our names, such as "blocks/5/moe/experts/w_in".
       parameters: what was read, in the same order.
       notes: what jmoe wrote beside the arrays, by name; empty for another program's files.
     """
 
-    config: ViTConfig
-    assumed: dict[str, Any]
     params: dict[str, np.ndarray]
     parameters: tuple[Parameter, ...]
     notes: Mapping[str, str]
+
+    @property
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """Shapes by our names."""
+        return {parameter.name: parameter.shape for parameter in self.parameters}
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Imported(Arrays):
+    """A checkpoint, with the model that its arrays are of.
+
+    Attributes:
+      config: the model.
+      assumed: dotted options of config that arrays do not tell, such as "moe.router", with the published values taken.
+    """
+
+    config: ViTConfig
+    assumed: dict[str, Any]
 
 
 def load(format: str, path: str | os.PathLike[str], *, unversioned: bool = False) -> Imported:
@@ -68,6 +82,17 @@ def load(format: str, path: str | os.PathLike[str], *, unversioned: bool = False
     Raises:
       UserError: a file is missing or damaged, or its arrays are not those of a vision transformer of jmoe.
     """
+    return with_inferred_model(read_arrays(format, path, unversioned=unversioned), path)
+
+
+def with_inferred_model(arrays: Arrays, path: str | os.PathLike[str]) -> Imported:
+    """Returns arrays with the model that they imply; raises UserError as `infer`."""
+    inferred = infer(arrays.shapes, path)
+    return Imported(config=inferred.config, assumed=inferred.assumed, **vars(arrays))
+
+
+def read_arrays(format: str, path: str | os.PathLike[str], *, unversioned: bool = False) -> Arrays:
+    """Reads the arrays of a checkpoint under our names, whatever model they are of; arguments and errors as `load`."""
     notes: Mapping[str, str] = {}
     if format == "vmoe":
         arrays = flatten(vmoe_format.read(path, unversioned=unversioned))
@@ -88,15 +113,12 @@ def load(format: str, path: str | os.PathLike[str], *, unversioned: bool = False
         source = to_ours(source, path)
     params, parameters = {}, []
     for name, theirs in source.items():
-        array = arrays.pop(theirs)
+        array = arrays.pop(theirs)  # so that one that is widened does not stay
         if not array.size:
             raise UserError(f"{path} has no elements in {theirs!r}, whose shape is {array.shape}.")
         parameters.append(Parameter(name=name, source=theirs, shape=array.shape, dtype=array.dtype.name))
         params[name] = _as_float32(array, theirs, path)
-    inferred = infer({name: array.shape for name, array in params.items()}, path)
-    return Imported(
-        config=inferred.config, assumed=inferred.assumed, params=params, parameters=tuple(parameters), notes=notes
-    )
+    return Arrays(params=params, parameters=tuple(parameters), notes=notes)
 
 
 def save(

@@ -81,6 +81,8 @@ def infer(shapes: Mapping[str, Shape], origin: object) -> Inferred:
     else:
         _, _, hidden_dim = read("blocks/0/moe/experts/w_in", 3)
     moe = _infer_moe(read, sparse, hidden_dim, assumed) if sparse else None
+    representation_dim = read("pre_logits/kernel", 2)[1] if "pre_logits/kernel" in shapes else None
+    num_classes = read("head/kernel", 2)[1] if "head/kernel" in shapes else None
     try:
         config = ViTConfig(
             patch_size=p,
@@ -88,12 +90,12 @@ def infer(shapes: Mapping[str, Shape], origin: object) -> Inferred:
             depth=len(blocks),
             hidden_dim=hidden_dim,
             num_heads=num_heads,
-            num_classes=read("head/kernel", 2)[1] if "head/kernel" in shapes else None,
+            num_classes=num_classes,
             image_size=(side * p, side * p),
             channels=channels,
             pool=pool,
             positions=positions,
-            representation_dim=read("pre_logits/kernel", 2)[1] if "pre_logits/kernel" in shapes else None,
+            representation_dim=representation_dim,
             qk_norm="blocks/0/attention/query_ln/scale" in shapes,
             moe=moe,
         )

@@ -20,7 +20,7 @@ import numpy as np
 from flax import nnx
 
 from jmoe import convert
-from jmoe.convert.api import Imported, Parameter
+from jmoe.convert.api import Arrays, Imported, Parameter, read_arrays, with_inferred_model
 from jmoe.convert.infer import check, parameter_shapes
 from jmoe.convert.names import nest
 from jmoe.errors import UserError
@@ -77,30 +77,29 @@ def read(
     elif step is not None:
         raise UserError(f"Only a folder of jmoe has checkpoints of several steps; --step {step} is nothing for {path}.")
     else:
-        found = _with_noted_config(convert.load(format, path, unversioned=unversioned), path)
+        found = _with_model(read_arrays(format, path, unversioned=unversioned), path)
     config = apply_overrides(Converted(model=found.config), sets).model
     named = [text.split("=")[0].strip() for text in sets]
     assumed = {n: v for n, v in found.assumed.items() if not any(f"model.{n}.".startswith(f"{m}.") for m in named)}
     if config != found.config:
-        check({name: array.shape for name, array in found.params.items()}, config, path)
+        check(found.shapes, config, path)
     return dataclasses.replace(found, config=config, assumed=assumed)
 
 
-def _with_noted_config(found: Imported, path: str | os.PathLike[str]) -> Imported:
-    """The configuration that jmoe wrote beside the arrays, if it did."""
-    if _NOTE not in found.notes:
-        return found
-    try:
-        config = from_json(json.loads(found.notes[_NOTE]))
-        if not isinstance(config, ViTConfig):
-            raise UserError(f"it is a {type(config).__name__}")
-        check({name: array.shape for name, array in found.params.items()}, config, path)
-    except ValueError as error:
-        log.warning(
-            "The configuration saved with %s cannot be used here, and published options are taken: %s", path, error
-        )
-        return found
-    return dataclasses.replace(found, config=config, assumed={})
+def _with_model(arrays: Arrays, path: str | os.PathLike[str]) -> Imported:
+    """Arrays with the configuration that jmoe wrote beside them, if it did, or else with the one that they imply."""
+    if _NOTE in arrays.notes:
+        try:
+            config = from_json(json.loads(arrays.notes[_NOTE]))
+            if not isinstance(config, ViTConfig):
+                raise UserError(f"it is a {type(config).__name__}.")
+            check(arrays.shapes, config, path)
+            return Imported(config=config, assumed={}, **vars(arrays))
+        except ValueError as error:
+            log.warning(
+                "The model saved with %s cannot be built here, and published options are taken: %s", path, error
+            )
+    return with_inferred_model(arrays, path)
 
 
 def write(

@@ -116,6 +116,7 @@ def test_what_shapes_do_not_tell_is_said():
 def test_parameters_that_do_not_fit_are_named(change, expected):
     shapes = {name: shape for name, shape in (SHAPES | change).items() if shape is not None}
     assert expected in sentence(shapes)
+    assert sentence(shapes).count("x.npz") == 1
 
 
 def test_experts_of_another_number_are_counted():

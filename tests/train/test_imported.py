@@ -8,6 +8,7 @@ import pytest
 from flax import nnx
 
 from jmoe import MoEConfig, Switch, TopK, convert
+from jmoe.convert.infer import parameter_shapes
 from jmoe.convert.names import flatten
 from jmoe.errors import UserError
 from jmoe.models.vit import VisionTransformer, ViTConfig
@@ -177,12 +178,21 @@ def test_the_exact_configuration_goes_out_and_comes_in(folder, params, tmp_path,
     assert set(inferred.assumed) == {"moe.router", "moe.images_per_group"}
 
 
+def test_a_model_whose_grid_is_no_square_comes_in_again(tmp_path):
+    config = dataclasses.replace(MODEL, image_size=(8, 16))
+    params = {name: np.zeros(shape, np.float32) for name, shape in parameter_shapes(config).items()}
+    imported.write("vmoe", tmp_path / "out", config, params)
+    assert imported.read("vmoe", tmp_path / "out").config == config
+    with pytest.raises(UserError, match=r"out has 9 positions, which are no square grid with pool='token'\."):
+        convert.load("vmoe", tmp_path / "out")  # the arrays alone do not tell
+
+
 def test_a_configuration_that_is_not_known_here_is_inferred_with_a_warning(params, tmp_path, caplog):
     note = json.dumps({"$type": "elsewhere:Model"})
     convert.save("vmoe", tmp_path / "out", MODEL, params, notes={"model": note})
     found = imported.read("vmoe", tmp_path / "out")
     assert found.config.moe.router == TopK(k=2)
-    assert "cannot be used here, and published options are taken: 'elsewhere:Model' is not a config" in caplog.text
+    assert "cannot be built here, and published options are taken: 'elsewhere:Model' is not a config" in caplog.text
 
 
 def test_what_arrays_do_not_tell_can_be_set(params, tmp_path):
