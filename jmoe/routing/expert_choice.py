@@ -8,6 +8,7 @@ import jax.numpy as jnp
 from jmoe.notation import Array, Bool, Float
 from jmoe.routing.capacity import Rounding, check_capacity_options, expert_capacity
 from jmoe.routing.decision import Routing
+from jmoe.routing.gating import check_noise
 from jmoe.routing.losses import Loss
 
 
@@ -36,8 +37,7 @@ class ExpertChoice:
 
     def __post_init__(self):
         check_capacity_options(self.capacity_factor, None, self.rounding, self.multiple, "ExpertChoice")
-        if not self.noise_std >= 0:
-            raise ValueError(f"ExpertChoice wants a noise_std of at least 0; it got {self.noise_std}.")
+        check_noise(self.noise_std, "ExpertChoice")
 
     @property
     def losses(self) -> tuple[Loss, ...]:

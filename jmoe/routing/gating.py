@@ -96,3 +96,9 @@ def gating(
     if key is None or sigma == 0:
         return Gating(logits=logits, noisy_logits=logits, mask=mask, members=members)
     return add_noise(logits, jax.random.normal(key, logits.shape, jnp.float32), sigma, mask, members)
+
+
+def check_noise(noise_std: float, owner: str) -> None:
+    """Raises ValueError if noise cannot have this standard deviation."""
+    if not noise_std >= 0:
+        raise ValueError(f"{owner} wants a noise_std of at least 0; it got {noise_std}.")

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 
 from jmoe.notation import Array, Bool, Float
 from jmoe.routing.decision import Mixing
+from jmoe.routing.gating import check_noise
 from jmoe.routing.losses import Loss
 
 
@@ -30,8 +31,7 @@ class Soft:
     def __post_init__(self):
         if self.slots_per_expert < 1:
             raise ValueError(f"Soft wants slots_per_expert of at least 1; it got {self.slots_per_expert}.")
-        if not self.noise_std >= 0:
-            raise ValueError(f"Soft wants a noise_std of at least 0; it got {self.noise_std}.")
+        check_noise(self.noise_std, "Soft")
 
     @property
     def losses(self) -> tuple[Loss, ...]:

@@ -5,6 +5,7 @@ import dataclasses
 from jmoe.notation import Array, Bool, Float
 from jmoe.routing.capacity import check_capacity_options
 from jmoe.routing.decision import Routing
+from jmoe.routing.gating import check_noise
 from jmoe.routing.losses import Balance, Loss
 from jmoe.routing.top_k import TopK
 
@@ -30,8 +31,7 @@ class Switch:
         check_capacity_options(self.capacity_factor, None, "up", 1, "Switch")
         if not 0 <= self.jitter < 1:
             raise ValueError(f"Switch wants a jitter from 0 to below 1; it got {self.jitter}.")
-        if not self.noise_std >= 0:
-            raise ValueError(f"Switch wants a noise_std of at least 0; it got {self.noise_std}.")
+        check_noise(self.noise_std, "Switch")
 
     @property
     def losses(self) -> tuple[Loss, ...]:

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 from jmoe.notation import Array, Bool, Float, Int
 from jmoe.routing.capacity import Rounding, check_capacity_options, expert_capacity
 from jmoe.routing.decision import Routing
+from jmoe.routing.gating import check_noise
 from jmoe.routing.losses import Importance, Load, Loss
 
 
@@ -51,8 +52,7 @@ class TopK:
             raise ValueError(f"TopK wants k of at least 1 expert per token; it got {self.k}.")
         if self.priority not in ("max", "sum"):
             raise ValueError(f"TopK wants priority 'max' or 'sum'; it got {self.priority!r}.")
-        if not self.noise_std >= 0:
-            raise ValueError(f"TopK wants a noise_std of at least 0; it got {self.noise_std}.")
+        check_noise(self.noise_std, "TopK")
         check_capacity_options(self.capacity_factor, self.capacity, self.rounding, self.multiple, "TopK")
 
     @property

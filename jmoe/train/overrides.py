@@ -46,8 +46,8 @@ def apply_overrides(config: Any, sets: Sequence[str], names: Mapping[str, type] 
       config: a dataclass; it is not changed.
       sets: edits. A path goes through dataclasses by option, through tuples by index (`data.augment.0.pixels=2`) and
         through dictionaries by key. An option that is None and can only be one dataclass becomes it
-        (`initialize.path=runs/pretrained`). A value is a Python literal, a bare word (text, or true, false, none), or a call of
-        a configuration class with literal arguments (`model.moe.router=Switch(jitter=0.01)`).
+        (`initialize.path=runs/pretrained`). A value is a Python literal, a bare word (text, or true, false, none), or a
+        call of a configuration class with literal arguments (`model.moe.router=Switch(jitter=0.01)`).
       names: the classes that a value may call; by default the dataclasses of jmoe (`public_classes`).
 
     Raises:

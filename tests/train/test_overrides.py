@@ -394,7 +394,7 @@ def test_the_options_of_jmoe_can_be_edited():
         (
             "moe.router=Topk()",
             "There is no configuration class 'Topk' (from --set moe.router=Topk()). Did you mean 'TopK'? "
-            "What fits here: ExpertChoice, Soft, Switch, TopK.",
+            "What fits here: ExpertChoice, Soft, Switch, TopK, Transport.",
         ),
     ],
 )

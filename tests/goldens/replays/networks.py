@@ -8,7 +8,9 @@ import numpy as np
 from flax import nnx
 
 from jmoe.convert.names import our_name
+from jmoe.models.vit import VisionTransformer
 from jmoe.nn.moe import MoEConfig, MoEMlp
+from jmoe.routing import Gating
 from tests.goldens.case import Case
 from tests.goldens.replays.parts import Recorder, SparsePart, replace_losses, with_prefix
 
@@ -57,6 +59,22 @@ def flat(tree: dict, names: list[str], to_ours) -> dict[str, np.ndarray]:
             leaf = leaf[key.key]
         found[name] = leaf
     return found
+
+
+def apply_recorded(
+    network: VisionTransformer, part: SparsePart | None, images: jax.Array
+) -> tuple[jax.Array, dict[str, dict[str, jax.Array]], list[Gating]]:
+    """The logits, the metrics of each sparse block as recorded, by "encoderblock_i", and what its gate said."""
+    recorder, layers = Recorder(), network.config.moe_layers
+    for i in layers:
+        network.blocks[i].moe.config = replace_losses(network.blocks[i].moe.config, recorder)
+    logits = network(images).logits
+    metrics = {}
+    for i, (gating, decision) in zip(layers, recorder.seen, strict=True):
+        assert part is not None
+        mu = getattr(network.blocks[i].moe.gate, "mu", None)
+        metrics[f"encoderblock_{i}"] = part.metrics(gating, decision, None if mu is None else mu[...])
+    return logits, metrics, [gating for gating, _ in recorder.seen]
 
 
 def layer_results(

@@ -255,6 +255,8 @@ def sparse_part(
       deterministic: of the network; the router may say otherwise.
       layers: which blocks are sparse.
     """
+    if moe.get("dropout_rate"):
+        raise ValueError("dropout draws random numbers, which are not recorded")
     options = dict(moe["router"])
     dispatcher = options.pop("dispatcher", None) or {}
     take(dispatcher, "name", "batch_priority", "capacity_factor", "capacity_ceil_or_round", "capacity_multiple_of",

@@ -19,9 +19,9 @@ from jmoe.train.optimizer import Optimizer
 from jmoe.train.state import TrainState
 from jmoe.train.step import make_step
 from tests.goldens.case import Case
-from tests.goldens.replays.networks import flat, to_ours, with_parameters
+from tests.goldens.replays.networks import apply_recorded, flat, to_ours, with_parameters
 from tests.goldens.replays.optim import optimizer_of
-from tests.goldens.replays.parts import Recorder, SparsePart, replace_losses, take, with_prefix
+from tests.goldens.replays.parts import SparsePart, take, with_prefix
 from tests.goldens.replays.vit import LOSS, vit_config
 
 
@@ -92,17 +92,10 @@ def losses_of(part: SparsePart) -> tuple[Importance | Load | Balance, ...]:
 
 def router_metrics(network: VisionTransformer, part: SparsePart | None, images: jax.Array) -> dict[str, jax.Array]:
     """Those of each sparse block, averaged over its groups, and the sum of their auxiliary losses."""
-    recorder, layers = Recorder(), network.config.moe_layers
-    for i in layers:
-        network.blocks[i].moe.config = replace_losses(network.blocks[i].moe.config, recorder)
-    network(images)
     found, auxiliary = {}, jnp.zeros(())
-    for i, (gating, decision) in zip(layers, recorder.seen, strict=True):
-        assert part is not None
-        mu = getattr(network.blocks[i].moe.gate, "mu", None)
-        metrics = part.metrics(gating, decision, None if mu is None else mu[...])
+    for block, metrics in apply_recorded(network, part, images)[1].items():
         metrics = {name: jnp.mean(metric, dtype=jnp.float32) for name, metric in metrics.items()}
-        found |= with_prefix(f"encoderblock_{i}/", metrics)
+        found |= with_prefix(f"{block}/", metrics)
         auxiliary += metrics["auxiliary_loss"]
     return found | {"auxiliary_loss": auxiliary}
 

@@ -11,8 +11,8 @@ from flax import nnx
 from jmoe.models.vit import VisionTransformer, ViTConfig
 from jmoe.nn.ensemble import prediction_loss, predictions, repeat_members, task_loss
 from tests.goldens.case import Case
-from tests.goldens.replays.networks import flat, to_ours, with_parameters
-from tests.goldens.replays.parts import Recorder, SparsePart, replace_losses, sparse_part, take, with_prefix
+from tests.goldens.replays.networks import apply_recorded, flat, to_ours, with_parameters
+from tests.goldens.replays.parts import SparsePart, sparse_part, take, with_prefix
 
 POOLS = {"token": "token", "gap": "mean", "map": "map", "0": "first"}
 LOSS = re.compile(r"(ensemble_)?(softmax|sigmoid)_xent")
@@ -26,22 +26,14 @@ def replay(case: Case) -> dict[str, np.ndarray]:
     graph, state = with_parameters(functools.partial(VisionTransformer, model), to_ours(params))
 
     def forward(state, images):
-        recorder = Recorder()
-        network = nnx.merge(graph, state)
-        for block in network.blocks:
-            if part is not None and hasattr(block, "moe"):
-                block.moe.config = replace_losses(block.moe.config, recorder)
-        logits = network(images).logits
+        logits, blocks, gatings = apply_recorded(nnx.merge(graph, state), part, images)
         found: dict = {"logits": logits}
         auxiliary = jnp.zeros((), jnp.int32)  # the number 0 for a dense network
-        for i, (gating, decision) in zip(model.moe_layers, recorder.seen, strict=True):
-            assert part is not None
-            mu = getattr(network.blocks[i].moe.gate, "mu", None)
-            metrics = part.metrics(gating, decision, None if mu is None else mu[...])
-            found |= with_prefix(f"metrics/encoderblock_{i}/", metrics)
+        for (block, metrics), gating in zip(blocks.items(), gatings, strict=True):
+            found |= with_prefix(f"metrics/{block}/", metrics)
             auxiliary += metrics["auxiliary_loss"]
             if gating.logits.ndim == 3:
-                found[f"router_gates/encoderblock_{i}"] = gating.group_gates
+                found[f"router_gates/{block}"] = gating.group_gates
         found["metrics/auxiliary_loss"] = auxiliary
         if model.num_classes is None:
             found["loss/main"] = feature_loss(config["total_loss"], logits, case)
