@@ -7,6 +7,7 @@ its trainer looks for steps in the names of all files like PREFIX_STEP.SUFFIX, a
 
 import contextlib
 import hashlib
+import math
 import os
 import pathlib
 import re
@@ -60,7 +61,7 @@ def read(prefix: str | os.PathLike[str], *, unversioned: bool = False) -> dict[s
         chunks = {path: _compared(path, parts, index) for path, parts in zip(shards, wanted, strict=True)}
         # What is described is there, so that no size can be absurd any more.
         _check_disjoint(_index(prefix), index)
-        arrays = {leaf.name: np.empty(leaf.shape, leaf.dtype) for leaf in index.leaves}
+        arrays = {leaf.name: _empty(leaf) for leaf in index.leaves}
         for path, found in chunks.items():
             with open(path, "rb") as file:
                 for chunk in found:
@@ -246,6 +247,14 @@ def _manifest(prefix: pathlib.Path) -> Content | None:
         return None
     except ValueError as error:
         raise UserError(f"{_jmoe(prefix)}, with the checksums of the checkpoint, {error}.") from None
+
+
+def _empty(leaf: Leaf) -> np.ndarray:
+    """An array that begins at a multiple of 64 bytes, so that JAX can take it for one of its own without a copy."""
+    nbytes = math.prod(leaf.shape) * leaf.dtype.itemsize
+    memory = np.empty(nbytes + 64, np.uint8)
+    start = -memory.ctypes.data % 64
+    return memory[start : start + nbytes].view(leaf.dtype).reshape(leaf.shape)
 
 
 def _map_leaves(tree: Any, function: Callable[[Leaf], Any]) -> Any:

@@ -15,7 +15,6 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
@@ -160,7 +159,7 @@ def save_model(
         shutil.rmtree(temporary, ignore_errors=True)
         temporary.mkdir(parents=True)
         with Checkpointer(temporary / CHECKPOINTS) as checkpointer:
-            checkpointer.save(step, jax.tree.map(jnp.asarray, state), {}, wait=True)
+            checkpointer.save(step, jax.device_put(state), {}, wait=True)
         (temporary / MODEL).write_text(json.dumps(to_json(config), indent=2) + "\n")
         if target.exists():
             shutil.rmtree(old, ignore_errors=True)
