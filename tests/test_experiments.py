@@ -30,6 +30,7 @@ def test_all_experiments_are_looked_at():
         "digits_expert_choice",
         "digits_soft",
         "digits_switch",
+        "digits_transport",
         "digits_vmoe",
     ]
 
