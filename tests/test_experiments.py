@@ -31,6 +31,7 @@ def test_all_experiments_are_looked_at():
         "digits_soft",
         "digits_switch",
         "digits_transport",
+        "digits_upcycled",
         "digits_vmoe",
     ]
 
