@@ -49,7 +49,6 @@ class Upcycled:
             [
                 f"dense            {self.dense_parameters:,} parameters, of step {self.step}",
                 f"sparse           {self.parameters:,} parameters; {experts}",
-                f"router           {self.model.moe.router}",
                 f"optimizer        {state}",
             ]
         )

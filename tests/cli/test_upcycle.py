@@ -24,7 +24,7 @@ def test_a_dense_run_becomes_a_sparse_model(dense, tmp_path, capsys):
     assert main(["convert", "--upcycle", dense, "--to", f"{tmp_path}/sparse", *options, *more]) == 0
     shown = capsys.readouterr().out.splitlines()
     assert shown[1] == "sparse           3,130 parameters; 5 experts in blocks 0, 1"  # 1,354 + 2 * (4 * 212 + 8 * 5)
-    assert shown[3] == "optimizer        82 arrays"
+    assert shown[2] == "optimizer        82 arrays"
     assert shown[-1] == f"written          {tmp_path}/sparse"
     model, params = load_model(tmp_path / "sparse")
     assert model.moe.router == TopK(k=2, renormalize=True)

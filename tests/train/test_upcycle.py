@@ -81,7 +81,7 @@ def test_the_summary_counts_both_models(dense, tmp_path):
     lines = str(summary).splitlines()
     assert lines[0] == "dense            1,354 parameters, of step 7"
     assert lines[1] == "sparse           1,802 parameters; 3 experts in blocks 1"
-    assert lines[3] == "optimizer        82 arrays"
+    assert lines[2] == "optimizer        82 arrays"
 
 
 @pytest.mark.parametrize(
