@@ -27,6 +27,7 @@ def test_all_experiments_are_looked_at():
         "cifar10_vmoe",
         "digits_batch_priority",
         "digits_dense",
+        "digits_ensemble",
         "digits_expert_choice",
         "digits_soft",
         "digits_switch",

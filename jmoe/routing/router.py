@@ -1,8 +1,8 @@
 """What a router is: a frozen dataclass with these members. There is no base class to inherit."""
 
+from collections.abc import Callable
 from typing import Any, Protocol, runtime_checkable
 
-from jmoe.notation import Array, Bool, Float
 from jmoe.routing.decision import Decision
 from jmoe.routing.gating import Gating
 from jmoe.routing.losses import Loss
@@ -30,8 +30,12 @@ class Router(Protocol):
         """Whether a token's result is independent of the other tokens of its group."""
         ...
 
-    def __call__(self, gates: Float[Array, "G S E"], *, mask: Bool[Array, "G S"] | None = None) -> Decision:
-        """Decides where the tokens of each group go; mask is False for padding, which goes nowhere."""
+    @property
+    def __call__(self) -> Callable[..., Decision]:
+        """Decides where the tokens of each group go, from what it takes of a gate.
+
+        Called with gates [G, S, E] and mask=[G, S] (or None), False for padding, which goes nowhere.
+        """
         ...
 
 
