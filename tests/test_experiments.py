@@ -29,6 +29,7 @@ def test_all_experiments_are_looked_at():
         "digits_dense",
         "digits_ensemble",
         "digits_expert_choice",
+        "digits_finetuned",
         "digits_soft",
         "digits_switch",
         "digits_transport",
