@@ -15,6 +15,7 @@ from jmoe.errors import UserError
 
 # What Deflate can gain at most; a member that claims more is no array that anyone compressed.
 _MAX_RATIO = 1100
+# What zipfile and NumPy raise for damage; NumPy tokenizes a header that is no literal.
 _UNREADABLE = (ValueError, EOFError, RuntimeError, zipfile.BadZipFile, zlib.error, tokenize.TokenError, MemoryError)
 _RULES = (
     (r"Transformer/(encoderblock_\d+)/MultiHeadDotProductAttention_0/", r"Encoder/\1/SelfAttention/"),
@@ -69,14 +70,7 @@ def read_npz(path: str | os.PathLike[str]) -> dict[str, np.ndarray]:
                     raise UserError(f"{path} has {name!r} twice.")
                 try:
                     arrays[name] = _read_member(archive, member)
-                except (
-                    ValueError,
-                    EOFError,
-                    zlib.error,
-                    NotImplementedError,
-                    RuntimeError,
-                    zipfile.BadZipFile,
-                ) as error:
+                except _UNREADABLE as error:
                     raise UserError(f"{path} is damaged at {name!r}: {_first_line(error)}.") from None
     except (zipfile.BadZipFile, OSError, ValueError) as error:
         if isinstance(error, UserError):

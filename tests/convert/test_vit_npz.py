@@ -103,6 +103,8 @@ def test_what_is_no_file_of_arrays_is_refused_in_a_sentence(tmp_path):
     with pytest.warns(UserWarning, match="Duplicate name"):
         zipped(path, [("cls.npy", npy(np.ones(3))), ("cls.npy", npy(np.ones(3)))])
     assert sentence(path) == "x.npz has 'cls' twice."
+    zipped(path, [("cls.npy", npy(np.ones(3)).replace(b"(3,), }", b"(3,    "))])  # a bracket that is not closed
+    assert "x.npz is damaged at 'cls': " in sentence(path)
     zipped(path, [("cls.npy", npy(np.ones(3), version=(3, 0)))])
     assert sentence(path) == "x.npz is damaged at 'cls': its version of the .npy format is (3, 0)."
 
