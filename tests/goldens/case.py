@@ -44,12 +44,14 @@ class Case:
       folder: where its file is, and those of a checkpoint.
       config: its options.
       arrays: its inputs, by name.
+      diagnostics: whether to compute also what is recorded of a compiler, and takes long, instead of a model.
     """
 
     name: str
     folder: pathlib.Path
     config: dict
     arrays: dict[str, np.ndarray]
+    diagnostics: bool = True
 
     @property
     def family(self) -> str:
