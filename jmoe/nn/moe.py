@@ -14,7 +14,7 @@ from jmoe.nn.gate import default_gate
 from jmoe.nn.groups import from_groups, group_length, interleave_members, say_once, separate_members, to_groups
 from jmoe.nn.mlp import ExpertInit, ExpertMlp
 from jmoe.notation import Array, Bool, Float, PRNGKeyArray
-from jmoe.routing import Decision, ExpertChoice, Loss, Router, Soft, TopK, decide, routing_metrics
+from jmoe.routing import Decision, ExpertChoice, Loss, Router, TopK, decide, routing_metrics
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -38,7 +38,8 @@ class MoEConfig:
       members: M of an efficient ensemble (E3, arXiv:2110.03360): each member has E / M experts of its own and sees its
         own copy of every image. It wants a router in which tokens choose. 1 for no ensemble.
       gate: makes the gate, called as gate(D, num_experts, rngs=rngs), with noise or jitter of its own; None for the
-        one published with the router. An experiment needs a frozen dataclass, which can be saved with the run.
+        one published with the router. An experiment needs a frozen dataclass, which can be saved with the run. That of
+        an ensemble must say in its `Gating` how many members it has gated.
     """
 
     num_experts: int = 8
@@ -78,7 +79,8 @@ class MoEConfig:
                 f"An ensemble of members={self.members} wants as many experts for each: num_experts={self.num_experts} "
                 f"is not a multiple of {self.members}."
             )
-        if self.members > 1 and isinstance(self.router, Soft | ExpertChoice):
+        by_gates = getattr(self.router, "takes", "gates") == "gates"  # see `decide`
+        if self.members > 1 and (isinstance(self.router, ExpertChoice) or not by_gates):
             raise ValueError(
                 "An ensemble wants a router in which every token chooses among the experts of its member, such as "
                 f"TopK; it got {type(self.router).__name__}."
@@ -159,8 +161,8 @@ class MoEMlp(nnx.Module):
           a MoEOutput; y has the dtype of x.
 
         Raises:
-          ValueError: the router cannot route such groups (no slot for an expert, say), or the groups do not fit the
-            members of an ensemble.
+          ValueError: the router cannot route such groups (no slot for an expert, say), or the groups, or the gate, do
+            not fit the members of an ensemble.
         """
         config = self.config
         B, T, _ = x.shape
@@ -170,12 +172,18 @@ class MoEMlp(nnx.Module):
         if M > 1:
             if B % M or S % M:
                 raise ValueError(
-                    f"An ensemble of {M} members wants {M} copies of every image, and whole tokens in a group: "
-                    f"it got {B} images and groups of {S} tokens, which must be multiples of {M}."
+                    f"An ensemble of {M} members wants {M} copies of every image, and whole tokens in a group: it got "
+                    f"{B} images and groups of {S} tokens, which must be multiples of {M}. Groups of images_per_group="
+                    f"{M}, or a multiple of it, are."
                 )
             x, mask = interleave_members(x, M), None if mask is None else interleave_members(mask, M)
         tokens, mask = to_groups(x, mask, S)  # [G, S, D]
         gating = self.gate(tokens, mask=mask, key=gate_key)
+        if gating.members != M:
+            raise ValueError(
+                f"The gate is for members={gating.members} and MoEConfig has members={M}: {type(self.gate).__name__} "
+                "must gate each member by itself, as jmoe.nn.LinearGate(..., members=M) does."
+            )
         decision = decide(config.router, gating)
 
         method = resolve(config.method, decision)

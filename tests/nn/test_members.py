@@ -11,9 +11,10 @@ import pytest
 from flax import nnx
 
 from jmoe.models.vit import VisionTransformer, ViTConfig
+from jmoe.nn.gate import LinearGate
 from jmoe.nn.groups import interleave_members, separate_members
 from jmoe.nn.moe import MoEConfig, MoEMlp
-from jmoe.routing import Balance, ExpertChoice, Importance, Soft, TopK, ZLoss
+from jmoe.routing import Balance, ExpertChoice, Importance, Soft, TopK, Transport, ZLoss
 from tests.drawn import drawn, normal
 from tests.tolerance import tolerance
 
@@ -167,7 +168,7 @@ def test_options_that_make_no_sense_are_refused(options, message):
         dataclasses.replace(MEMBERS, **options)
 
 
-@pytest.mark.parametrize("router", [Soft(), ExpertChoice()], ids=["soft", "expert choice"])
+@pytest.mark.parametrize("router", [Soft(), ExpertChoice(), Transport()], ids=["soft", "expert choice", "transport"])
 def test_routers_in_which_tokens_do_not_choose_are_refused(router):
     with pytest.raises(ValueError, match="An ensemble wants a router in which every token chooses among the experts"):
         dataclasses.replace(MEMBERS, router=router, losses=None)
@@ -177,3 +178,13 @@ def test_groups_must_hold_all_copies_of_a_token():
     layer = drawn(functools.partial(MoEMlp, dataclasses.replace(MEMBERS, group_size=T), D))
     with pytest.raises(ValueError, match="An ensemble of 2 members wants 2 copies of every image, and whole tokens"):
         layer(normal(B * M, T, D))
+
+
+def test_a_gate_that_does_not_know_of_members_is_refused():
+    config = dataclasses.replace(MEMBERS, gate=LinearGate)
+    with pytest.raises(ValueError, match=r"^The gate is for members=1 and MoEConfig has members=2: LinearGate must"):
+        drawn(functools.partial(MoEMlp, config, D))(normal(B * M, T, D))
+    knowing = dataclasses.replace(config, gate=functools.partial(LinearGate, members=M))
+    layer, expected = (drawn(functools.partial(MoEMlp, c, D)) for c in (knowing, MEMBERS))
+    x = normal(B * M, T, D)
+    np.testing.assert_array_equal(layer(x).y, expected(x).y)
