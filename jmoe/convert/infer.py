@@ -8,7 +8,7 @@ from typing import Any
 
 from flax import nnx
 
-from jmoe.convert.names import flatten, listed
+from jmoe.convert.names import first_of, flatten, listed
 from jmoe.convert.positions import square_grid
 from jmoe.errors import UserError
 from jmoe.models.vit import Positions, VisionTransformer, ViTConfig
@@ -167,9 +167,9 @@ def check(shapes: Mapping[str, Shape], config: ViTConfig, origin: object) -> Non
             raise UserError(
                 f"{origin} has {E} experts at {name!r} {shapes[name]}; the model has num_experts={wanted[name][0]}."
             )
-    problems = [f"{name!r} is {shapes[name]} there and {shape} in the model" for name, shape in different.items()]
-    if len(problems) > 5:
-        problems[5:] = [f"and {len(problems) - 5} more differ"]
+    problems = first_of(
+        [f"{name!r} is {shapes[name]} there and {shape} in the model" for name, shape in different.items()]
+    )
     if missing := [name for name in wanted if name not in shapes]:
         problems.append(f"it lacks {listed(missing)}")
     if unmatched := [name for name in shapes if name not in wanted]:

@@ -1,7 +1,7 @@
 """Parameter names: ours, such as "blocks/5/moe/experts/w_in", and those of google-research/vmoe, in both directions."""
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from jmoe.errors import UserError
@@ -92,6 +92,12 @@ def listed(names: Iterable[str], most: int = 30) -> str:
     names = list(names)
     more = f" and {len(names) - most} more" if len(names) > most else ""
     return ", ".join(repr(name) for name in names[:most]) + more
+
+
+def first_of(differences: Sequence[str], most: int = 5) -> list[str]:
+    """Returns what differs, for a sentence that can be read to its end; what is past `most` is counted."""
+    more = len(differences) - most
+    return [*differences[:most], *([f"and {more} more differ"] if more > 0 else [])]
 
 
 def flatten(tree: Mapping[Any, Any], prefix: str = "") -> dict[str, Any]:

@@ -11,7 +11,7 @@ import numpy as np
 from flax import nnx
 
 from jmoe.convert.infer import parameter_shapes
-from jmoe.convert.names import flatten, listed
+from jmoe.convert.names import first_of, flatten, listed
 from jmoe.convert.transforms import expand_tile
 from jmoe.errors import UserError
 from jmoe.models.vit import VisionTransformer, ViTConfig
@@ -39,12 +39,15 @@ def upcycle_params(
       seed: of the gates.
 
     Raises:
-      UserError: the parameters are not those of the model without its experts; the sentence names them.
+      UserError: the parameters are not those of the model without its experts, which the sentence names; or the gates
+        cannot be drawn so.
     """
     if not gate_std > 0:
         raise UserError(
             f"The gates want a standard deviation above 0, or nothing tells experts apart; it is {gate_std}."
         )
+    if seed < 0:
+        raise UserError(f"The seed of the gates must be at least 0; it is {seed}.")
     params = upcycle_arrays(dense, parameter_shapes(config))
     draw = np.random.default_rng(seed)
     for name, gate in sorted(_drawn_gates(config, seed).items()):
@@ -69,7 +72,7 @@ def upcycle_arrays(dense: Mapping[str, np.ndarray], sparse: Mapping[str, tuple[i
         problems.append(f"it lacks {listed(missing)}")
     if unmatched := sorted(dense.keys() - origins.values()):
         problems.append(f"the sparse model has no place for {listed(unmatched)}")
-    result = {}
+    result, different = {}, []
     for name, shape in sparse.items():
         origin = origins.get(name)
         if origin is None:
@@ -79,8 +82,8 @@ def upcycle_arrays(dense: Mapping[str, np.ndarray], sparse: Mapping[str, tuple[i
             copied = expand_tile(array, 0, shape[0]) if origin != name and array.shape != shape else array
             result[name] = copied
             if copied.shape != shape:
-                problems.append(f"{origin!r} is {array.shape} there and would be {shape} at {name!r}")
-    if problems:
+                different.append(f"{origin!r} is {array.shape} there and would be {shape} at {name!r}")
+    if problems := problems + first_of(different):
         raise UserError(f"The dense model cannot be made sparse like this: {'; '.join(problems)}.")
     return result
 

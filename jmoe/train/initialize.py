@@ -18,6 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jmoe.convert.api import load
+from jmoe.convert.names import first_of
 from jmoe.convert.positions import resize_positions
 from jmoe.errors import UserError
 from jmoe.models.vit import ViTConfig
@@ -173,14 +174,14 @@ def match_params(
       model: the network.
 
     Raises:
-      UserError: anything is left over, or differs; the sentence names all of it.
+      UserError: anything is left over, or differs; the sentence names it.
     """
     fresh = _chosen(initialize.fresh, target, "fresh", "the model")
     unused = _chosen(initialize.drop, source, "drop", initialize.path)
     unused |= {name for name in source if any(re.search(pattern, name) for pattern in initialize.fresh)}
     theirs = {name: array for name, array in source.items() if name not in unused}
     ours = {name: array for name, array in target.items() if name not in fresh}
-    values, resized, problems = {}, {}, []
+    values, resized, different = {}, {}, []
     for name in theirs.keys() & ours.keys():
         was, now = theirs[name], ours[name]
         same_grid = was.shape == now.shape and source_model.grid == model.grid
@@ -189,15 +190,16 @@ def match_params(
             values[name] = resize_positions(was, model.grid, class_token=token, source_grid=source_model.grid)
             resized[name] = f"{_by(source_model.grid)} to {_by(model.grid)} patches"
         elif was.shape != now.shape or not jnp.issubdtype(was.dtype, jnp.floating):
-            problems.append(f"{name!r} is {was.dtype} {was.shape} there and {now.dtype} {now.shape} in the model")
+            different.append(f"{name!r} is {was.dtype} {was.shape} there and {now.dtype} {now.shape} in the model")
         else:
             values[name] = was
+    problems = first_of(sorted(different))
     if missing := ours.keys() - theirs.keys():
         problems.append(f"it lacks {_listed(missing)}, which 'fresh' would leave as drawn")
     if unexpected := theirs.keys() - ours.keys():
         problems.append(f"the model lacks {_listed(unexpected)}, which 'drop' would leave out")
     if problems:
-        raise UserError(f"The run cannot start from {initialize.path}: {'; '.join(sorted(problems))}.")
+        raise UserError(f"The run cannot start from {initialize.path}: {'; '.join(problems)}.")
     return Match(values=values, resized=resized, fresh=tuple(sorted(fresh)), unused=tuple(sorted(unused)))
 
 

@@ -58,6 +58,8 @@ def test_a_dense_run_becomes_a_sparse_model(dense, tmp_path, capsys):
             ["--gate-std", "0"],
             "The gates want a standard deviation above 0, or nothing tells experts apart; it is 0.0.",
         ),
+        (["--seed", "-1"], "The seed of the gates must be at least 0; it is -1."),
+        (["--set", "model.width=32"], "more differ."),
         (["--all"], "--shards and --all are for --from; --upcycle writes a folder of jmoe."),
     ],
     ids=str,

@@ -179,10 +179,19 @@ def test_a_run_can_start_from_an_old_vit(tmp_path):
     ],
     ids=str,
 )
-def test_what_differs_is_named_in_full(source, changes, options, sentence):
+def test_what_differs_is_named(source, changes, options, sentence):
     with pytest.raises(UserError) as error:
         started(source[0], *changes, **options)
     assert str(error.value) == f"The run cannot start from {source[0]}: {sentence}"
+
+
+def test_of_many_differences_the_first_are_named_and_the_others_counted(source):
+    with pytest.raises(UserError) as error:
+        started(source[0], "model.hidden_dim=16", "model.width=16")
+    sentence = str(error.value)
+    assert "key/bias' is float32 (2, 4) there and float32 (2, 8) in the model; " in sentence
+    assert sentence.count(" in the model; ") == 5
+    assert sentence.endswith(" more differ.")
 
 
 @pytest.mark.parametrize(
