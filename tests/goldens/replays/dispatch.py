@@ -7,7 +7,7 @@ import numpy as np
 from jmoe.dispatch import combine, dispatch, einsum, rounded
 from jmoe.routing import Routing, TopK
 from tests.goldens.case import Case
-from tests.goldens.replays.parts import from_slots, to_slots
+from tests.goldens.replays.parts import capacity_options, from_slots, to_slots
 
 METHODS = {"einsum": "einsum", "indices": "gather", "dense": "gather"}
 
@@ -51,7 +51,7 @@ def replay(case: Case) -> dict[str, np.ndarray]:
 
 def router(config: dict) -> TopK:
     options = {"k": config["num_selected_experts"], "batch_priority": config["batch_priority"]}
-    return TopK(capacity_factor=config["capacity_factor"], **options)
+    return TopK(**options, **capacity_options(config))
 
 
 def dense(gates: np.ndarray) -> Routing:

@@ -27,7 +27,9 @@ def take(options: dict, *known: str) -> dict:
 
 
 def capacity_options(options: dict) -> dict:
-    """Those of TopK and ExpertChoice."""
+    """Those of TopK and ExpertChoice; a number of slots instead of a factor is TopK's alone."""
+    if options.get("capacity_factor") is None and options.get("capacity"):
+        return {"capacity_factor": None, "capacity": options["capacity"]}
     return {
         "capacity_factor": options["capacity_factor"],
         "rounding": ROUNDING[options.get("capacity_ceil_or_round", "ceil")],
