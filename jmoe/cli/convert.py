@@ -1,6 +1,7 @@
 """`jmoe convert`."""
 
 import argparse
+import pathlib
 from collections.abc import Sequence
 
 SUMMARY = "Brings published checkpoints in and models out, with every name, shape and dtype; dense to sparse."
@@ -19,6 +20,7 @@ formats of PATH:
   vit          the .npz file of a vision transformer of google-research/vision_transformer; only --from
   safetensors  one file with the names of jmoe"""
 
+_ENDINGS = {".npz": "vit", ".safetensors": "safetensors", ".index": "vmoe"}
 _UPCYCLING = ("experts", "layers", "router", "gate_std", "seed", "optimizer")  # options of --upcycle alone
 
 
@@ -126,6 +128,11 @@ def _place(words: Sequence[str], option: str, formats: Sequence[str]) -> tuple[s
         raise UserError(f"{option} takes a path, or one of the formats {known} and a path, not {len(words)} words.")
     if not named and path in formats:
         raise UserError(f"{option} {path} names a format and no path. If a folder is called so, write ./{path}.")
+    meant = _ENDINGS.get(pathlib.PurePath(path).suffix)
+    if not named and meant in formats:
+        raise UserError(
+            f"Without a format {option} takes a folder of jmoe; by its name {path} is another: {option} {meant} {path}."
+        )
     if named and named[0] not in formats:
         raise UserError(f"{option} knows no format {named[0]!r}; the formats are {known}.")
     return (named or ["jmoe"])[0], path

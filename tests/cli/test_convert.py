@@ -137,6 +137,14 @@ def test_an_original_vit_is_converted(tmp_path, capsys):
             ["--from", "vmoe", "a", "b", "--to", "y"],
             "--from takes a path, or one of the formats jmoe, vmoe, vit, safetens",
         ),
+        (
+            ["--from", "x.npz", "--to", "y"],
+            "Without a format --from takes a folder of jmoe; by its name x.npz is another: --from vit x.npz.",
+        ),
+        (
+            ["--from", "x", "--to", "y.safetensors"],
+            "Without a format --to takes a folder of jmoe; by its name y.safetensors is another: --to safetensors y.s",
+        ),
         (["--from", "x", "--to", "y", "--shards", "2"], "--shards=2 is for --to vmoe; jmoe is written in one piece."),
         (
             ["--from", "x", "--to", "y"],
