@@ -97,7 +97,10 @@ def read_arrays(format: str, path: str | os.PathLike[str], *, unversioned: bool 
     if format == "vmoe":
         arrays = flatten(vmoe_format.read(path, unversioned=unversioned))
         notes = vmoe_format.read_notes(path)
-        arrays = {name.removeprefix("params/"): array for name, array in arrays.items()}  # of a training state
+        bare = {name.removeprefix("params/"): array for name, array in arrays.items()}  # of a training state
+        if len(bare) < len(arrays):
+            raise UserError(f"{path} has arrays under two names each, with and without 'params/'.")
+        arrays = bare
     elif format == "vit":
         arrays = vit_npz.read(path)
     elif format == "safetensors":

@@ -97,7 +97,8 @@ def read_index(path: pathlib.Path, *, unversioned: bool = False) -> Index:
         # Its arrays are numbered in the order of a tree that is not in the file: equal shapes could be swapped unseen.
         raise UserError(
             f"{path} has no version: it was written before {VERSION} and does not say how its arrays are numbered. If "
-            "it was saved from nothing but dictionaries, as parameters are, that is by sorted names: say --unversioned."
+            "it was saved from nothing but dictionaries, as parameters are, that is by sorted names: convert it with "
+            "jmoe convert --unversioned."
         )
     if version != VERSION:
         raise UserError(f"{path} has version {str(version)[:40]!r}; jmoe reads version {VERSION!r}.")

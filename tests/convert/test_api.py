@@ -54,6 +54,8 @@ def test_a_tree_below_params_is_the_same_checkpoint(imported, tmp_path):
     assert convert.load("vmoe", tmp_path / "x").config == imported.config
     vmoe_format.write(tmp_path / "y", {"params": vmoe_format.read(SHARDED), "step": np.int32(7)})
     assert sentence("vmoe", tmp_path / "y").endswith("no parameters of a vision transformer of jmoe: 'step'.")
+    vmoe_format.write(tmp_path / "z", {"params": {"cls": np.ones(2, np.float32)}, "cls": np.zeros(2, np.float32)})
+    assert sentence("vmoe", tmp_path / "z").endswith("z has arrays under two names each, with and without 'params/'.")
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])

@@ -68,7 +68,8 @@ BAD = {
     "no version": (
         msgpack.packb({"shard_count": 1, "index": {"w": GOOD}}),
         "has no version: it was written before 20220622 and does not say how its arrays are numbered. If it was saved "
-        "from nothing but dictionaries, as parameters are, that is by sorted names: say --unversioned.",
+        "from nothing but dictionaries, as parameters are, that is by sorted names: convert it with jmoe convert "
+        "--unversioned.",
     ),
     "version": (published.index({}, version="20990101"), "has version '20990101'; jmoe reads version '20220622'."),
     "shard count": (published.index({}, shard_count=0), "has shard_count 0, which must be an integer of at least 1."),
