@@ -36,8 +36,10 @@ def infer(shapes: Mapping[str, Shape], origin: object) -> Inferred:
     """Returns the vision transformer, dense or sparse, whose parameters have these names and shapes.
 
     What shapes do not tell is as published: two experts per token (one in an ensemble) with capacity factor 1.05, in
-    groups of 8 whole images; a soft router's groups are single images. Without a class token or an attention pool the
-    mean of the tokens is classified; without learned positions they are fixed sincos2d ones, of images of 224 pixels.
+    groups of 8 whole images; a soft router's groups are single images. But tokens are not rounded to bfloat16 on their
+    way to the experts, as published programs do (`MoEConfig.exchange_dtype`). Without a class token or an attention
+    pool the mean of the tokens is classified; without learned positions they are fixed sincos2d ones, of images of 224
+    pixels.
 
     Args:
       shapes: by our names.
@@ -138,6 +140,7 @@ def _infer_moe(read: _Shapes, sparse: tuple[int, ...], hidden_dim: int, assumed:
         router, images_per_group = TopK(k=k), 8
         assumed["moe.router"] = router
     assumed["moe.images_per_group"] = images_per_group
+    assumed["moe.exchange_dtype"] = None
     try:
         return MoEConfig(
             num_experts=experts,

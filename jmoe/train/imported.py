@@ -6,6 +6,7 @@ directory/
 """
 
 import dataclasses
+import functools
 import json
 import logging
 import os
@@ -79,7 +80,8 @@ def read(
         found = _with_model(read_arrays(format, path, unversioned=unversioned), path)
     config = apply_overrides(Converted(model=found.config), sets).model
     named = [text.split("=")[0].strip() for text in sets]
-    assumed = {n: v for n, v in found.assumed.items() if not any(f"model.{n}.".startswith(f"{m}.") for m in named)}
+    left = [n for n in found.assumed if not any(f"model.{n}.".startswith(f"{m}.") for m in named)]
+    assumed = {n: functools.reduce(getattr, n.split("."), config) for n in left}  # as edited: perhaps in part
     if config != found.config:
         check(found.shapes, config, path)
     return dataclasses.replace(found, config=config, assumed=assumed)

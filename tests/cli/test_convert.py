@@ -74,9 +74,10 @@ def test_it_says_what_it_reads_and_what_it_takes_for_granted(tmp_path, capsys):
     lines = capsys.readouterr().out.splitlines()
     assert "blocks/{1,3}/moe/experts/w_in            (8, 16, 32)    float32" in lines
     assert "74 arrays, 25,434 parameters, 0.1 MB in float32" in lines
-    assert lines[-4].startswith("model    ViTConfig(patch_size=4, width=16, depth=4, hidden_dim=32, ")
-    assert lines[-3].startswith("assumed  model.moe.router=TopK(k=2, capacity_factor=1.05, ")
-    assert lines[-2] == "assumed  model.moe.images_per_group=8, which arrays do not tell; --set changes it"
+    assert lines[-5].startswith("model    ViTConfig(patch_size=4, width=16, depth=4, hidden_dim=32, ")
+    assert lines[-4].startswith("assumed  model.moe.router=TopK(k=2, capacity_factor=1.05, ")
+    assert lines[-3] == "assumed  model.moe.images_per_group=8, which arrays do not tell; --set changes it"
+    assert lines[-2] == "assumed  model.moe.exchange_dtype=None, which arrays do not tell; --set changes it"
     assert lines[-1] == f"written  {tmp_path / 'model'}"
     assert (
         main(["convert", "--from", str(tmp_path / "model"), "--to", "safetensors", str(tmp_path / "m"), "--all"]) == 0

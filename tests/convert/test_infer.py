@@ -62,7 +62,11 @@ def test_the_published_models_are_inferred(name):
     moe = MoEConfig(layers=tuple(recorded["encoder"]["moe"]["layers"]), num_experts=8)
     expected = vit.variant(variant, moe=moe, **options, representation_dim=recorded["representation_size"])
     assert inferred.config == expected
-    assert inferred.assumed == {"moe.router": TopK(k=2, capacity_factor=1.05), "moe.images_per_group": 8}
+    assert inferred.assumed == {
+        "moe.router": TopK(k=2, capacity_factor=1.05),
+        "moe.images_per_group": 8,
+        "moe.exchange_dtype": None,
+    }
     assert count(shapes) == INVENTORY[name]["total_params"]
 
 
@@ -74,6 +78,7 @@ def test_what_shapes_do_not_tell_is_said():
         "image_size": (225, 225),  # the multiple of the patch that is nearest to 224
         "moe.router": TopK(k=2),
         "moe.images_per_group": 8,
+        "moe.exchange_dtype": None,
     }
     assert infer(parameter_shapes(TINY), "x.npz").assumed == {}
 

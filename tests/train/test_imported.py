@@ -175,7 +175,7 @@ def test_the_exact_configuration_goes_out_and_comes_in(folder, params, tmp_path,
     assert same(again.params, params)
     inferred = convert.load(format, tmp_path / "out")  # what the arrays alone say
     assert inferred.config.moe.router == TopK(k=2)
-    assert set(inferred.assumed) == {"moe.router", "moe.images_per_group"}
+    assert set(inferred.assumed) == {"moe.router", "moe.images_per_group", "moe.exchange_dtype"}
 
 
 def test_a_model_whose_grid_is_no_square_comes_in_again(tmp_path):
@@ -199,8 +199,9 @@ def test_what_arrays_do_not_tell_can_be_set(params, tmp_path):
     convert.save("vmoe", tmp_path / "out", MODEL, params)
     found = imported.read("vmoe", tmp_path / "out", sets=["model.moe.router.k=1"])
     assert found.config.moe.router == TopK(k=1)
-    assert set(found.assumed) == {"moe.router", "moe.images_per_group"}
-    found = imported.read("vmoe", tmp_path / "out", sets=["model.moe.router=Switch()", "model.moe.images_per_group=4"])
+    assert found.assumed == {"moe.router": TopK(k=1), "moe.images_per_group": 8, "moe.exchange_dtype": None}
+    others = ["model.moe.images_per_group=4", "model.moe.exchange_dtype=none"]
+    found = imported.read("vmoe", tmp_path / "out", sets=["model.moe.router=Switch()", *others])
     assert found.config == dataclasses.replace(MODEL, position_std=0.02)
     assert found.assumed == {}
     with pytest.raises(
