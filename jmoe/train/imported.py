@@ -25,7 +25,7 @@ from jmoe.convert.infer import check, parameter_shapes
 from jmoe.convert.names import nest
 from jmoe.errors import UserError
 from jmoe.models.vit import VisionTransformer, ViTConfig
-from jmoe.train.checkpoint import Checkpointer
+from jmoe.train.checkpoint import Checkpointer, peek
 from jmoe.train.config import TrainConfig
 from jmoe.train.config_json import from_json, to_json
 from jmoe.train.drafts import Draft, draft_of
@@ -204,8 +204,9 @@ def load_model(directory: str | os.PathLike[str], step: int | None = None) -> tu
 def for_folder(experiment: TrainConfig, workdir: str | os.PathLike[str], sets: Sequence[str]) -> TrainConfig:
     """Returns an experiment, with the edits of --set applied, for the evaluation of what is in a folder.
 
-    In the folder of a converted model that is the model, with its own router and no moving average: the experiment
-    gives the data. Edits of model.* are then edits of the converted model.
+    In the folder of a converted model that is the model, with its own router, and its moving average if it has one (one
+    that was upcycled with its optimizer may): the experiment gives the data. Edits of model.* are then edits of the
+    converted model.
 
     Raises:
       UserError: an edit is wrong, or asks for a model of other parameters.
@@ -215,7 +216,9 @@ def for_folder(experiment: TrainConfig, workdir: str | os.PathLike[str], sets: S
         return apply_overrides(experiment, sets)
     log.info("The model is the converted one of %s; the experiment gives the data.", file)
     model = read_config(workdir)
-    here = {"model": model, "ema_decay": None, "evaluate": dataclasses.replace(experiment.evaluate, router=None)}
+    here = {"model": model, "evaluate": dataclasses.replace(experiment.evaluate, router=None)}
+    averaged = any(name.startswith("average/") for name in peek(pathlib.Path(workdir) / CHECKPOINTS)["leaves"])
+    here["ema_decay"] = (experiment.ema_decay or 0.5) if averaged else None  # any, as nothing is averaged here
     config = apply_overrides(Draft(TrainConfig, draft_of(experiment).values | here, (str(file),)), sets)
     if config.model != model:
         check(parameter_shapes(model), config.model, workdir)

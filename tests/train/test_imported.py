@@ -84,6 +84,17 @@ def test_it_is_evaluated_with_the_data_of_an_experiment(folder, caplog):
     assert (step, evaluation.images, evaluation.dropped_tokens) == (0, 360, 0)
 
 
+def test_of_a_folder_with_a_moving_average_that_is_evaluated(params, tmp_path):
+    average = params | {"head/kernel": -params["head/kernel"]}
+    save_model(tmp_path / "both", MODEL, params, average=average)
+    save_model(tmp_path / "plain", MODEL, average)
+    results = []
+    for name in ("both", "plain"):
+        config = for_folder(tiny_config(), tmp_path / name, [])
+        results.append(evaluate_checkpoint(config, tmp_path / name)[0])
+    assert results[0] == results[1]
+
+
 def test_options_of_another_model_are_refused_before_anything_is_read(folder):
     with pytest.raises(UserError) as error:
         for_folder(tiny_config(), folder, ["model.moe.num_experts=8"])
