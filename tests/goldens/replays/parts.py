@@ -242,7 +242,11 @@ class SparsePart:
         if isinstance(router, ExpertChoice):
             return expert_choice_metrics(decision)
         losses = token_choice_losses(gating, router.k)
-        losses["auxiliary_loss"] = auxiliary_loss(losses, self.options, importance_loss=1.0, load_loss=1.0)
+        weights = {"importance_loss": 1.0, "load_loss": 1.0}
+        if any(self.options.get(f"{name}_weight", weights.get(name, 0.0)) > 0 for name in losses) or M > 1:
+            losses["auxiliary_loss"] = auxiliary_loss(losses, self.options, **weights)
+        else:  # the reference's is the number 0
+            return losses | {"auxiliary_loss": jnp.zeros((), jnp.int32)}
         return {name: loss.reshape(-1, M) if M > 1 else loss for name, loss in losses.items()}
 
 

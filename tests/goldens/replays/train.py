@@ -1,7 +1,6 @@
 """Whole steps of training, by the real step: losses, metrics and norms of each, and the parameters at the end."""
 
 import dataclasses
-import functools
 import re
 
 import jax
@@ -22,7 +21,7 @@ from tests.goldens.case import Case
 from tests.goldens.replays.networks import apply_recorded, flat, to_ours, with_parameters
 from tests.goldens.replays.optim import optimizer_of
 from tests.goldens.replays.parts import SparsePart, take, with_prefix
-from tests.goldens.replays.vit import LOSS, vit_config
+from tests.goldens.replays.vit import LOSS, network_of, vit_config
 
 
 def replay(case: Case) -> dict[str, np.ndarray]:
@@ -43,7 +42,7 @@ def replay(case: Case) -> dict[str, np.ndarray]:
         steps=total_steps,
         loss=loss[2],
     )
-    graph, params = with_parameters(functools.partial(VisionTransformer, model), to_ours(case.group("params")))
+    graph, params = with_parameters(network_of(config["model"], model), to_ours(case.group("params")))
     transformation = run.optimizer.build(params, total_steps)
     state = TrainState(
         step=jnp.zeros((), jnp.int32),

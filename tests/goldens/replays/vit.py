@@ -1,7 +1,7 @@
 """Whole vision transformers: logits, losses, metrics and the gradient of every parameter."""
 
-import functools
 import re
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -9,6 +9,7 @@ import numpy as np
 from flax import nnx
 
 from jmoe.models.vit import VisionTransformer, ViTConfig
+from jmoe.nn.attention import AttentionPool
 from jmoe.nn.ensemble import prediction_loss, predictions, repeat_members, task_loss
 from tests.goldens.case import Case
 from tests.goldens.replays.networks import apply_recorded, flat, to_ours, with_parameters
@@ -23,7 +24,7 @@ def replay(case: Case) -> dict[str, np.ndarray]:
     labels = None if (given := case.arrays.get("labels")) is None else jnp.asarray(given)
     model, part = vit_config(config["model"], config["image_size"], config["deterministic"], case.group("noise_unit"))
     params = case.group("params")
-    graph, state = with_parameters(functools.partial(VisionTransformer, model), to_ours(params))
+    graph, state = with_parameters(network_of(config["model"], model), to_ours(params))
 
     def forward(state, images):
         logits, blocks, gatings = apply_recorded(nnx.merge(graph, state), part, images)
@@ -51,6 +52,18 @@ def replay(case: Case) -> dict[str, np.ndarray]:
         eager = nnx.merge(graph, state)(images).logits
         found["jit_vs_eager_max_abs_diff_logits"] = jnp.max(jnp.abs(found["logits"] - eager))
     return jax.device_get(found)
+
+
+def network_of(model: dict, config: ViTConfig) -> Callable[..., VisionTransformer]:
+    """What makes the network: of an ensemble with normalised queries and keys, the head alone normalises them."""
+
+    def make(*, rngs: nnx.Rngs) -> VisionTransformer:
+        network = VisionTransformer(config, rngs=rngs)
+        if config.pool == "map" and model["encoder"].get("attention_qk_norm"):
+            network.pool = AttentionPool(config.width, config.num_heads, config.hidden_dim, qk_norm=True, rngs=rngs)
+        return network
+
+    return make
 
 
 def losses(name: str, members: int, logits, labels) -> dict:
@@ -93,7 +106,7 @@ def vit_config(
         raise ValueError("dropout draws random numbers, which are not recorded")
     if ensemble:  # its encoder knows neither
         position, qk_norm = {"name": "learned"}, False
-    part, layers = None, tuple(moe.get("layers") or ())
+    part, layers = None, tuple(sorted(set(moe.get("layers") or ())))
     if layers:
         recorded = [noises.get(f"encoderblock_{i}") for i in layers]
         part = sparse_part(moe, recorded, deterministic, layers)
@@ -106,7 +119,7 @@ def vit_config(
         depth=encoder["num_layers"],
         hidden_dim=encoder["mlp_dim"],
         num_heads=encoder["num_heads"],
-        num_classes=model["num_classes"],
+        num_classes=model["num_classes"] or None,
         image_size=(image_size, image_size) if isinstance(image_size, int) else tuple(image_size),
         pool=POOLS[str(model.get("classifier", "token"))],
         positions=position["name"],
