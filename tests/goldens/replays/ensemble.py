@@ -41,7 +41,7 @@ def replay(case: Case) -> dict[str, np.ndarray]:
     def run(kernel):
         def total(kernel):
             gate = part.config.gate(inputs.shape[-1], config["num_experts"], rngs=nnx.Rngs(0))
-            gate.kernel[...] = kernel
+            gate.kernel[...] = kernel.reshape(gate.kernel.shape)
             gating = gate(inputs)
             routing = decide(part.config.router, gating)
             found = sparse_masks(routing) | choices(routing) | {"gates_softmax": gating.group_gates}

@@ -28,7 +28,8 @@ def to_ours(arrays: dict, there: str = "", here: str = "") -> dict:
         node = nested
         for parent in parents:
             node = node.setdefault(parent, {})
-        node[leaf] = array
+        alone = leaf == "kernel" and parents[-1] == "gate" and np.ndim(array) == 3 and np.shape(array)[1] == 1
+        node[leaf] = array[:, 0] if alone else array  # an ensemble of one is no ensemble of ours
     return nested
 
 
@@ -48,16 +49,16 @@ def with_parameters(make, parameters: dict):
     return graph, state
 
 
-def flat(tree: dict, names: list[str], to_ours) -> dict[str, np.ndarray]:
-    """A tree under our names as a flat one under the reference's, for the parameters that are named."""
+def flat(tree: dict, params: dict[str, np.ndarray], to_ours) -> dict[str, np.ndarray]:
+    """A tree under our names as a flat one under the reference's, in the names and shapes of its parameters."""
     found = {}
-    for name in names:
+    for name, array in params.items():
         (path, _), *rest = jax.tree_util.tree_leaves_with_path(to_ours({name: 0}))
         assert not rest
         leaf = tree
         for key in path:
             leaf = leaf[key.key]
-        found[name] = leaf
+        found[name] = leaf.reshape(array.shape)
     return found
 
 
@@ -101,7 +102,7 @@ def layer_results(
         return jax.grad(total, argnums=(0, 1), has_aux=True)(state, inputs)
 
     (of_parameters, of_inputs), found = run(state, inputs)
-    gradients = flat(nnx.to_pure_dict(of_parameters), list(params), layer_to_ours)
+    gradients = flat(nnx.to_pure_dict(of_parameters), params, layer_to_ours)
     return found | with_prefix("grads/params/", gradients) | {"grads/inputs": of_inputs}
 
 

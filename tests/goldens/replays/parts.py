@@ -233,6 +233,7 @@ class SparsePart:
 
     config: MoEConfig
     options: dict  # of the reference's router
+    ensemble: bool  # of the reference, be it of one member
 
     def metrics(self, gating: Gating, decision: Decision, mu: jax.Array | None) -> dict[str, jax.Array]:
         """One value per group (and member), or scalars, as the reference's router reports them."""
@@ -243,11 +244,11 @@ class SparsePart:
             return expert_choice_metrics(decision)
         losses = token_choice_losses(gating, router.k)
         weights = {"importance_loss": 1.0, "load_loss": 1.0}
-        if any(self.options.get(f"{name}_weight", weights.get(name, 0.0)) > 0 for name in losses) or M > 1:
+        if any(self.options.get(f"{name}_weight", weights.get(name, 0.0)) > 0 for name in losses):
             losses["auxiliary_loss"] = auxiliary_loss(losses, self.options, **weights)
         else:  # the reference's is the number 0
             return losses | {"auxiliary_loss": jnp.zeros((), jnp.int32)}
-        return {name: loss.reshape(-1, M) if M > 1 else loss for name, loss in losses.items()}
+        return {name: loss.reshape(-1, M) if self.ensemble else loss for name, loss in losses.items()}
 
 
 def sparse_part(
@@ -310,7 +311,7 @@ def sparse_part(
         members=M,
     )
     config = dataclasses.replace(config, gate=RecordedNoise(router, M, noises))
-    return SparsePart(config=config, options=options)
+    return SparsePart(config=config, options=options, ensemble=bool(moe.get("ensemble_size")))
 
 
 def replace_losses(config: MoEConfig, recorder: Recorder) -> MoEConfig:

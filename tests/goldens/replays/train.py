@@ -73,7 +73,7 @@ def replay(case: Case) -> dict[str, np.ndarray]:
         state, row = step(state, images, labels)
         rows.append(row)
     metrics = jax.tree.map(lambda *values: jnp.stack(values), *rows)
-    after = flat(nnx.to_pure_dict(state.params), names, to_ours)
+    after = flat(nnx.to_pure_dict(state.params), case.group("params"), to_ours)
     return jax.device_get(with_prefix("metrics/", metrics) | with_prefix("params_after/", after))
 
 

@@ -46,7 +46,7 @@ def replay(case: Case) -> dict[str, np.ndarray]:
 
     images = jnp.asarray(case.arrays["images"])
     (of_parameters, of_images), found = jax.jit(jax.grad(forward, argnums=(0, 1), has_aux=True))(state, images)
-    gradients = flat(nnx.to_pure_dict(of_parameters), list(params), to_ours)
+    gradients = flat(nnx.to_pure_dict(of_parameters), params, to_ours)
     found |= with_prefix("grads/params/", gradients) | {"grads/images": of_images}
     if case.diagnostics:
         eager = nnx.merge(graph, state)(images).logits
