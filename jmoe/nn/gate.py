@@ -6,6 +6,7 @@ from flax import nnx
 
 from jmoe.notation import Array, Bool, Float, PRNGKeyArray
 from jmoe.routing import Gating, Router, Soft, Switch, gating
+from jmoe.routing.members import separate_members
 
 
 class LinearGate(nnx.Module):
@@ -61,13 +62,12 @@ class LinearGate(nnx.Module):
         if self.members == 1:
             logits = jnp.einsum("GSD,DE->GSE", tokens, self.kernel[...], precision="highest")
             return gating(logits, sigma=self.sigma, key=key, mask=mask)
-        M, (G, S, D) = self.members, tokens.shape
-        copies = tokens.reshape(G, S // M, M, D)
-        logits = jnp.einsum("GNMD,DME->GMNE", copies, self.kernel[...], precision="highest")
-        logits = logits.reshape(G * M, S // M, -1)
-        if mask is not None:
-            mask = mask.reshape(G, S // M, M).swapaxes(1, 2).reshape(G * M, S // M)
-        return gating(logits, sigma=self.sigma, key=key, mask=mask, members=M)
+        M = self.members
+        copies = separate_members(tokens, M)  # [G * M, S / M, D]
+        by_member = copies.reshape(-1, M, *copies.shape[1:])
+        logits = jnp.einsum("GMND,DME->GMNE", by_member, self.kernel[...], precision="highest")
+        mask = None if mask is None else separate_members(mask, M)
+        return gating(logits.reshape(*copies.shape[:2], -1), sigma=self.sigma, key=key, mask=mask, members=M)
 
 
 class SlotGate(nnx.Module):

@@ -11,10 +11,11 @@ from flax import nnx
 
 from jmoe.dispatch import Method, Ragged, combine, dispatch, resolve, rounded
 from jmoe.nn.gate import default_gate
-from jmoe.nn.groups import from_groups, group_length, interleave_members, say_once, separate_members, to_groups
+from jmoe.nn.groups import from_groups, group_length, say_once, to_groups
 from jmoe.nn.mlp import ExpertInit, ExpertMlp
 from jmoe.notation import Array, Bool, Float, PRNGKeyArray
 from jmoe.routing import Decision, ExpertChoice, Loss, Router, TopK, decide, routing_metrics
+from jmoe.routing.members import interleave_members, separate_members
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from jmoe.notation import Array, Bool, Float, PRNGKeyArray
+from jmoe.routing.members import interleave_members
 
 
 @typing.no_type_check  # JAX rebuilds it with batched leaves and placeholders; checking those would reject vmap.
@@ -51,18 +52,17 @@ class Gating:
         """
         if self.members == 1:
             return self.gates
-        M, (rows, N, F) = self.members, self.gates.shape
-        own = jnp.eye(M, dtype=bool)[None, None, :, :, None]
-        gates = self.gates.reshape(rows // M, M, N, F).swapaxes(1, 2)  # [G, S / M, M, E / M]
-        return jnp.where(own, gates[:, :, :, None], 0.0).reshape(rows // M, N * M, M * F)
+        gates = interleave_members(self.gates, self.members)  # [G, S, E / M]
+        G, S, _ = gates.shape
+        own = jnp.arange(S)[:, None] % self.members == jnp.arange(self.members)[None]  # [S, M]
+        return jnp.where(own[None, :, :, None], gates[:, :, None], 0.0).reshape(G, S, -1)
 
     @property
     def group_mask(self) -> Bool[Array, "G S"] | None:
         """The mask of whole groups."""
         if self.members == 1 or self.mask is None:
             return self.mask
-        rows, N = self.mask.shape
-        return self.mask.reshape(rows // self.members, self.members, N).swapaxes(1, 2).reshape(-1, N * self.members)
+        return interleave_members(self.mask, self.members)
 
 
 def add_noise(

@@ -12,9 +12,9 @@ from flax import nnx
 
 from jmoe.models.vit import VisionTransformer, ViTConfig
 from jmoe.nn.gate import LinearGate
-from jmoe.nn.groups import interleave_members, separate_members
 from jmoe.nn.moe import MoEConfig, MoEMlp
 from jmoe.routing import Balance, ExpertChoice, Importance, Soft, TopK, Transport, ZLoss
+from jmoe.routing.members import interleave_members, separate_members
 from tests.drawn import drawn, normal
 from tests.tolerance import tolerance
 

@@ -5,8 +5,8 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from jmoe.nn.groups import interleave_members, separate_members
 from jmoe.routing import decide
+from jmoe.routing.members import interleave_members, separate_members
 from tests.goldens.case import Case
 from tests.goldens.replays.networks import layer_results
 from tests.goldens.replays.parts import choices, sparse_masks, sparse_part, with_prefix
