@@ -4,6 +4,8 @@ import argparse
 import pathlib
 from collections.abc import Sequence
 
+from jmoe.cli import arguments
+
 SUMMARY = "Brings published checkpoints in and models out, with every name, shape and dtype; dense to sparse."
 EXAMPLE = "jmoe convert --from vmoe checkpoints/vmoe_s32 --to runs/vmoe_s32"
 _MORE = (
@@ -33,13 +35,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     source.add_argument("--upcycle", metavar="DIR", help="make a sparse model of the dense one in this folder of jmoe")
     parser.add_argument("--to", required=True, **place, help="what to write")
     parser.add_argument("--step", metavar="N", type=int, help="of a run's checkpoints; the newest if left out")
-    parser.add_argument(
-        "--set",
-        metavar="model.A.B=VALUE",
-        action="append",
-        default=[],
-        dest="overrides",
-        help="an option of the model that arrays do not tell, or tell wrongly, such as model.moe.router.k=1",
+    arguments.add_set(
+        parser,
+        "model.A.B=VALUE",
+        "an option of the model that arrays do not tell, or tell wrongly, such as model.moe.router.k=1",
     )
     parser.add_argument(
         "--shards", metavar="N", type=int, default=1, help="files that --to vmoe spreads arrays over (1)"

@@ -108,7 +108,7 @@ class Checkpointer:
 
     def latest(self) -> int | None:
         """The last of `steps()`, or None."""
-        return max(self.steps(), default=None)
+        return latest(self.directory)
 
     def restore(self, step: int, abstract_state: Any, *, partial: bool = False) -> tuple[Any, dict]:
         """The state and the metadata saved at a step.

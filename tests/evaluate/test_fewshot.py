@@ -1,3 +1,4 @@
+import functools
 import json
 import pathlib
 
@@ -20,6 +21,7 @@ from jmoe.evaluate.fewshot import (
     make_featurizer,
 )
 from jmoe.models import vit
+from tests.drawn import drawn
 
 GOLDENS = pathlib.Path(__file__).parents[1] / "goldens"
 CLASSES = 3
@@ -194,9 +196,7 @@ def network(**moe):
         representation_dim=5,
         moe=MoEConfig(num_experts=4, layers=(0,), router=TopK(k=2, capacity_factor=None), images_per_group=2, **moe),
     )
-    graph, state = nnx.split(nnx.eval_shape(lambda: vit.VisionTransformer(config, rngs=nnx.Rngs(0))))
-    rng = np.random.default_rng(0)
-    state = jax.tree.map(lambda p: jnp.asarray(rng.normal(size=p.shape) / 3, p.dtype), state)
+    graph, state = nnx.split(drawn(functools.partial(vit.VisionTransformer, config), scale=1 / 3))
     features = jax.jit(lambda images: nnx.merge(graph, state)(images.astype(jnp.float32) / 127.5 - 1).features)
     return graph, state, features
 

@@ -7,11 +7,11 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from jmoe import MoEConfig, Switch, TopK, convert
+from jmoe import Switch, TopK, convert
 from jmoe.convert.infer import parameter_shapes
 from jmoe.convert.names import flatten
 from jmoe.errors import UserError
-from jmoe.models.vit import VisionTransformer, ViTConfig
+from jmoe.models.vit import VisionTransformer
 from jmoe.train import imported
 from jmoe.train.checkpoint import Checkpointer
 from jmoe.train.evaluation import evaluate_checkpoint
@@ -20,25 +20,10 @@ from jmoe.train.state import initial_state, make_optimizer
 from jmoe.train.workdir import prepare
 from tests.train.tiny import tiny_config
 
-MODEL = ViTConfig(
-    patch_size=4,
-    width=8,
-    depth=2,
-    hidden_dim=12,
-    num_heads=2,
-    num_classes=10,
-    image_size=(8, 8),
-    channels=1,
-    position_std=0.5,
-    moe=MoEConfig(num_experts=3, router=Switch(), layers=(1,), images_per_group=4),
+TINY = tiny_config().model
+MODEL = dataclasses.replace(
+    TINY, dropout=0.0, position_std=0.5, moe=dataclasses.replace(TINY.moe, router=Switch(), dropout=0.0)
 )
-
-
-@pytest.fixture(scope="module", autouse=True)
-def datasets(tmp_path_factory):
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("JMOE_DATA_DIR", str(tmp_path_factory.mktemp("datasets")))
-        yield
 
 
 @pytest.fixture(scope="module")
