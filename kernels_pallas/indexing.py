@@ -1,18 +1,7 @@
-"""What the row ops share: reading rows by index, where an index outside the array reads zeros."""
+"""What the ops on rows ask of their index arrays."""
 
 import jax.numpy as jnp
-from jaxtyping import Array, Int, Shaped
-
-
-def take_rows(x: Shaped[Array, "n ..."], index: Int[Array, "..."]) -> Shaped[Array, "..."]:
-    """Reads rows of x; an index outside [0, n) reads zeros.
-
-    `jnp.take` alone would wrap a negative index round.
-    """
-    n = x.shape[0]
-    if n == 0:  # from which jnp.take refuses to take
-        return jnp.zeros(index.shape + x.shape[1:], x.dtype)
-    return jnp.take(x, jnp.where(index < 0, n, index), axis=0, mode="fill", fill_value=0)
+from jaxtyping import Array, Shaped
 
 
 def check_index_pair(rows: int, slots: Shaped[Array, "..."], choice: Shaped[Array, "..."], op: str) -> None:

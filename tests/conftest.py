@@ -5,6 +5,9 @@ import os
 import shutil
 import tempfile
 
+# Numbers are compared with those of a CPU; and with libtpu installed JAX would look for TPUs first.
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+
 import hypothesis
 import jax
 import jaxtyping

@@ -1,12 +1,15 @@
 """The public op: tokens to expert slots."""
 
+import functools
+
+import jax
+import numpy as np
 from jaxtyping import Array, Float, Int
 
-from kernels_pallas.dispatching import choose
-from kernels_pallas.gather_rows import reference, xla
+from kernels_pallas.gather_rows import reference
 from kernels_pallas.indexing import check_index_pair
-
-IMPLEMENTATIONS = {"xla": xla.gather_rows, "reference": reference.gather_rows}
+from kernels_pallas.per_platform import check_name
+from kernels_pallas.rows import gather_sum
 
 
 def gather_rows(
@@ -25,7 +28,8 @@ def gather_rows(
       x: [n, d] rows of tokens.
       slots: [n, k] integers, the up to k slots that each token fills; an index outside [0, m) means none.
       choice: [m] integers, for each slot the flat position in `slots` that names it; n * k for an empty slot.
-      implementation: "xla", "reference", or None for the fastest here.
+      implementation: "pallas", "xla", "reference", or None for the fastest on the platform that it is compiled for
+        (kernels_pallas/README.md lists them; "interpret-tpu" and "interpret-gpu" run a kernel step by step, for tests).
 
     Returns:
       [m, d], dtype of x: row i is x[choice[i] // k], zero where choice[i] is outside [0, n * k).
@@ -33,7 +37,29 @@ def gather_rows(
 
     Raises:
       ValueError: the shapes or dtypes do not fit together.
-      NotImplementedError: there is no such implementation.
+      NotImplementedError: the named implementation is unknown, or cannot take these arguments; it says why.
     """
     check_index_pair(x.shape[0], slots, choice, "gather_rows")
-    return choose("gather_rows", implementation, IMPLEMENTATIONS, "xla")(x, slots, choice)
+    check_name("gather_rows", implementation)
+    if implementation == "reference":
+        return reference.gather_rows(x, slots, choice)
+    return _gather_rows(x, slots, choice, implementation)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
+def _gather_rows(x, slots, choice, implementation):
+    return gather_sum(x, (choice // slots.shape[1])[:, None], implementation=implementation)
+
+
+def _forward(x, slots, choice, implementation):
+    return _gather_rows(x, slots, choice, implementation), (slots, choice)
+
+
+def _backward(implementation, residuals, dy):
+    slots, choice = residuals
+    # A token's gradient is the sum over the slots that it fills: they are listed in its row of `slots`.
+    dx = gather_sum(dy, slots, implementation=implementation)
+    return dx, *(np.zeros(i.shape, jax.dtypes.float0) for i in (slots, choice))
+
+
+_gather_rows.defvjp(_forward, _backward)

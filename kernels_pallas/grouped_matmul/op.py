@@ -1,12 +1,18 @@
 """The public op: a matrix multiply for dropless experts."""
 
+import functools
+
+import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Float, Int
 
-from kernels_pallas.dispatching import choose
 from kernels_pallas.grouped_matmul import reference, xla
+from kernels_pallas.per_platform import PerPlatform, check_name
 
-IMPLEMENTATIONS = {"xla": xla.grouped_matmul, "reference": reference.grouped_matmul}
+_matmul = PerPlatform("grouped_matmul", xla=xla.grouped_matmul, kernels={}, preferred=())
+_outer = PerPlatform("grouped_outer", xla=xla.grouped_outer, kernels={}, preferred=())
+available = _matmul.available
 
 
 def grouped_matmul(
@@ -45,4 +51,26 @@ def grouped_matmul(
         raise ValueError(f"grouped_matmul wants x and w of one dtype; it got {x.dtype} and {w.dtype}.")
     if not jnp.issubdtype(group_sizes.dtype, jnp.integer):
         raise ValueError(f"grouped_matmul wants integers in group_sizes; it got {group_sizes.dtype}.")
-    return choose("grouped_matmul", implementation, IMPLEMENTATIONS, "xla")(x, w, group_sizes)
+    check_name("grouped_matmul", implementation)
+    if implementation == "reference":
+        return reference.grouped_matmul(x, w, group_sizes)
+    return _grouped_matmul(x, w, group_sizes, implementation)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
+def _grouped_matmul(x, w, group_sizes, implementation):
+    return _matmul(x, w, group_sizes, implementation=implementation)[0]
+
+
+def _forward(x, w, group_sizes, implementation):
+    return _grouped_matmul(x, w, group_sizes, implementation), (x, w, group_sizes)
+
+
+def _backward(implementation, residuals, dout):
+    x, w, group_sizes = residuals
+    dx = _matmul(dout, w, group_sizes, implementation=implementation, transposed=True)[0]
+    dw = _outer(x, dout, group_sizes, implementation=implementation)[0]
+    return dx, dw, np.zeros(group_sizes.shape, jax.dtypes.float0)
+
+
+_grouped_matmul.defvjp(_forward, _backward)

@@ -119,7 +119,7 @@ def test_vmap_gives_the_same(implementation):
         (
             {"implementation": "cuda"},
             NotImplementedError,
-            r"combine_rows has no implementation 'cuda'; use one of 'xla', 'reference', or None\.",
+            r"combine_rows has no implementation 'cuda'; use one of 'pallas', 'xla', 'reference', or None\.",
         ),
     ],
 )

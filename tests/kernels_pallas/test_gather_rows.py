@@ -92,7 +92,7 @@ def test_vmap_gives_the_same(implementation):
         (
             {"implementation": "cuda"},
             NotImplementedError,
-            r"gather_rows has no implementation 'cuda'; use one of 'xla', 'reference', or None\.",
+            r"gather_rows has no implementation 'cuda'; use one of 'pallas', 'xla', 'reference', or None\.",
         ),
     ],
 )

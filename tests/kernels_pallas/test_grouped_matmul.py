@@ -6,7 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from kernels_pallas import dispatching, grouped_matmul, implementations
+from kernels_pallas import per_platform, grouped_matmul, implementations
 from tests.tolerance import tolerance
 
 M, K, N = 13, 5, 3  # rows, contracted, columns
@@ -101,7 +101,7 @@ def test_vmap_gives_the_same(implementation):
         (
             {"implementation": "triton"},
             NotImplementedError,
-            r"grouped_matmul has no implementation 'triton'; use one of 'xla', 'reference', or None\.",
+            r"grouped_matmul has no implementation 'triton'; use one of 'pallas', 'xla', 'reference', or None\.",
         ),
     ],
 )
@@ -112,7 +112,7 @@ def test_what_does_not_fit_is_refused(change, error, sentence):
 
 
 def test_the_implementation_that_runs_by_default_is_logged_once(caplog, monkeypatch):
-    monkeypatch.setattr(dispatching, "_said", set())
+    monkeypatch.setattr(per_platform, "_said", set())
     x, w, _ = random_case(0, 1, jnp.float32)
     with caplog.at_level(logging.INFO, "kernels_pallas"):
         for _ in range(2):

@@ -1,0 +1,3 @@
+"""Many devices, and devices that are not there: TPU topologies to compile for."""
+
+from jmoe.parallel.topology import topology_devices as topology_devices

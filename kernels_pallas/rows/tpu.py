@@ -1,0 +1,291 @@
+"""Rows by index on TPU.
+
+A grid step makes one block of output rows. The indices of its rows stand in scalar memory (blocks of them are fetched
+ahead by Pallas, so that a call may have any number), and each names a row that is copied into a buffer in vector memory:
+
+- "hbm": by an asynchronous copy of its own from where the source lies. All copies of the next block are started before
+  the current one is used; the buffer is double. They signal one semaphore, which is awaited once for the whole block.
+- "vmem": from a copy of the whole source in vector memory, for a source that fits there. It is read once instead of k times
+  as often, and by one large copy.
+
+bfloat16 rows lie in pairs: a 32-bit word holds the same column of rows 2i and 2i + 1. No single one of them can be copied,
+so sources are viewed as uint32 [n / 2, d], a pair is copied, and the half that was meant becomes float32 by a shift.
+An index out of range copies a row of zeros that lies in vector memory: the semaphore counts the same bytes, and nothing
+is read out of bounds.
+
+The leading grid axis is parallel, for chips with two cores (v4, v5p): each has buffers of its own.
+"""
+
+import dataclasses
+import functools
+from typing import Literal
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import tpu as pltpu
+
+from kernels_pallas.interpreter import interpreter
+
+LANES = 128
+MAX_PER_ROW = 16  # rows per sum; each has a place in the buffer
+# The smallest generation, v4, has 16 MiB of vector memory, and the platform is all that is known of the chip when a
+# program is lowered: so a source counts as small if it leaves half of that to the blocks.
+SOURCE_BYTES = 8 * 2**20
+
+
+@dataclasses.dataclass(frozen=True)
+class TileConfig:
+    """How rows are moved.
+
+    Attributes:
+      rows: output rows of a grid step.
+      unroll: copies that are started per turn of the loop.
+      source: "hbm", "vmem", or None for "vmem" where the source has at most SOURCE_BYTES.
+      cores: size of the leading, parallel grid axis.
+    """
+
+    rows: int = 128
+    unroll: int = 8
+    source: Literal["hbm", "vmem"] | None = None
+    cores: int = 2
+
+
+def refusal(x, index, *_) -> str | None:
+    """Why these arguments cannot be taken, or None."""
+    n, d = x.shape
+    m, k = index.shape[0], 1 if index.ndim == 1 else index.shape[1]
+    if x.dtype not in (jnp.float32, jnp.bfloat16):
+        return f"The TPU kernel takes float32 and bfloat16, not {x.dtype}."
+    if d % LANES or d == 0:
+        return f"The TPU kernel takes rows of a multiple of {LANES} columns, not {d}."
+    if not 1 <= k <= MAX_PER_ROW:
+        return f"The TPU kernel sums from 1 to {MAX_PER_ROW} rows, not {k}."
+    if n == 0 or m == 0:
+        return f"The TPU kernel wants at least one row to read and one to write, not {n} and {m}."
+    return None
+
+
+def gather_sum(x, index, weights=None, *, interpret: bool = False, config: TileConfig = TileConfig()):
+    """[n, d] -> [m, d]; out[i] = sum_j weights[i, j] * x[index[i, j]]."""
+    m, k = index.shape
+    call = _Call(x, m, k, config)
+    operands, specs = [], []
+    if weights is not None:  # [blocks, k, rows]: a lane each
+        padded = jnp.pad(weights.astype(jnp.float32), ((0, call.padded - m), (0, 0)))
+        operands.append(padded.reshape(call.blocks, call.rows, k).swapaxes(1, 2))
+        specs.append(call.block_of_vectors(k))
+
+    def finish(read, weight_refs, out_refs):
+        total = None
+        for j in range(k):
+            row = read(j)
+            if weight_refs:
+                row = row * weight_refs[0][0, j][:, None]
+            total = row if total is None else total + row
+        out_refs[0][...] = total.astype(out_refs[0].dtype)
+
+    flops = m * call.d * (2 * k if weights is not None else k - 1)
+    out = call(finish, index, operands, specs, flops, name="jmoe_gather_sum", interpret=interpret)
+    return (out[0],)
+
+
+def gather_dot(x, index, weights, other, *, interpret: bool = False, config: TileConfig = TileConfig()):
+    """[n, d], [m, d] -> weights[i] * x[index[i]] [m, d], and the products of x[index[i]] with other[i] [m]."""
+    m = index.shape[0]
+    call = _Call(x, m, 1, config)
+    weights = jnp.pad(weights.astype(jnp.float32), (0, call.padded - m)).reshape(call.blocks, 1, call.rows)
+
+    def finish(read, in_refs, out_refs):
+        (weight_ref, other_ref), (scaled_ref, products_ref) = in_refs, out_refs
+        row = read(0)
+        scaled_ref[...] = (row * weight_ref[0, 0][:, None]).astype(scaled_ref.dtype)
+        products_ref[0, 0] = _row_sums(row * other_ref[...].astype(jnp.float32))
+
+    scaled, products = call(
+        finish,
+        index[:, None],
+        [weights, other],
+        [call.block_of_vectors(1), call.block_of_rows()],
+        flops=3 * m * call.d,
+        products=True,
+        name="jmoe_gather_dot",
+        interpret=interpret,
+    )
+    return scaled, products.reshape(-1)[:m]
+
+
+class _Call:
+    """A pallas_call over blocks of m output rows, each made of k rows of x."""
+
+    def __init__(self, x, m: int, k: int, config: TileConfig):
+        self.paired = x.dtype == jnp.bfloat16
+        self.n, self.d = x.shape
+        # The pair of the last row must exist.
+        self.x = jnp.pad(x, ((0, 1), (0, 0))) if self.paired and self.n % 2 else x
+        self.m, self.k = m, k
+        self.rows = min(config.rows, pl.cdiv(m, 16) * 16)
+        self.blocks = pl.cdiv(m, self.rows)
+        self.padded = self.blocks * self.rows
+        self.cores = min(config.cores, self.blocks)
+        self.steps = pl.cdiv(self.blocks, self.cores)
+        small = self.x.size * self.x.dtype.itemsize <= SOURCE_BYTES
+        self.source = config.source or ("vmem" if small else "hbm")
+        self.unroll = config.unroll
+
+    def block(self, core, step, ahead=0):
+        """The block that a core is at. One past the last is the last again: then the core has just done it."""
+        return jnp.minimum(core * self.steps + step + ahead, self.blocks - 1)
+
+    def block_of_vectors(self, count: int):
+        return pl.BlockSpec((1, count, self.rows), lambda core, step: (self.block(core, step), 0, 0))
+
+    def block_of_rows(self):
+        return pl.BlockSpec((self.rows, self.d), lambda core, step: (self.block(core, step), 0))
+
+    def indices(self, ahead: int):
+        return pl.BlockSpec(
+            (1, 1, self.rows * self.k),
+            lambda core, step: (self.block(core, step, ahead), 0, 0),
+            memory_space=pltpu.SMEM,
+        )
+
+    def __call__(self, finish, index, operands, specs, flops, *, products=False, name, interpret):
+        # Past the last row of the result there is nothing to read: n is out of range.
+        index = jnp.pad(index.astype(jnp.int32), ((0, self.padded - self.m), (0, 0)), constant_values=self.n)
+        index = index.reshape(self.blocks, 1, self.rows * self.k)
+        x = pairs(self.x) if interpret and self.paired else self.x  # interpreters know no view of other words
+        size, word = self.x.dtype.itemsize, jnp.uint32 if self.paired else jnp.float32
+        out_shape = [jax.ShapeDtypeStruct((self.m, self.d), self.x.dtype)]
+        out_specs = [self.block_of_rows()]
+        if products:
+            out_shape.append(jax.ShapeDtypeStruct((self.blocks, 1, self.rows), jnp.float32))
+            out_specs.append(self.block_of_vectors(1))
+        if self.source == "hbm":
+            kernel = self._from_hbm
+            ahead = [index]
+            if self.paired:  # which row of its pair is meant, a lane each
+                odd = (index & 1).reshape(self.blocks, self.rows, self.k).swapaxes(1, 2)
+                operands, specs = [odd, *operands], [self.block_of_vectors(self.k), *specs]
+            scratch = [
+                pltpu.VMEM((2, self.k * self.rows, self.d), word),
+                pltpu.VMEM((1, self.d), word),
+                pltpu.SemaphoreType.DMA((2,)),
+            ]
+            read_bytes = self.m * self.k * self.d * 4  # a float32 row, or a pair of bfloat16 rows
+        else:
+            kernel = self._from_vmem
+            ahead = []
+            scratch = [
+                pltpu.VMEM(x.shape, x.dtype),
+                pltpu.VMEM((self.k * self.rows, self.d), jnp.float32),
+                pltpu.SemaphoreType.DMA,
+            ]
+            read_bytes = self.cores * self.x.size * size
+        others = sum(a.size * a.dtype.itemsize for a in [*operands, index, *ahead])
+        results = sum(s.size * s.dtype.itemsize for s in out_shape)
+        return pl.pallas_call(
+            functools.partial(kernel, finish, len(operands), len(out_shape)),
+            grid=(self.cores, self.steps),
+            in_specs=[
+                *(self.indices(i) for i in range(1 + len(ahead))),
+                pl.BlockSpec(memory_space=pl.ANY),
+                *specs,
+            ],
+            out_specs=out_specs,
+            out_shape=out_shape,
+            scratch_shapes=scratch,
+            compiler_params=pltpu.CompilerParams(dimension_semantics=("parallel", "arbitrary")),
+            cost_estimate=pl.CostEstimate(flops=flops, transcendentals=0, bytes_accessed=read_bytes + others + results),
+            interpret=interpreter("tpu") if interpret else False,
+            name=name,
+        )(index, *ahead, x, *operands)
+
+    def _from_hbm(self, finish, num_operands, num_results, index_ref, next_ref, x_ref, *refs):
+        in_refs, out_refs = refs[:num_operands], refs[num_operands : num_operands + num_results]
+        buffer, zero, semaphores = refs[num_operands + num_results :]
+        step = pl.program_id(1)
+        source = x_ref.bitcast(jnp.uint32) if x_ref.dtype == jnp.bfloat16 else x_ref
+
+        def start(indices, half):
+            def copy(row, to):
+                pltpu.make_async_copy(row, buffer.at[half, pl.ds(to, 1), :], semaphores.at[half]).start()
+
+            def one(i, carry):
+                row = indices[0, 0, i]
+                inside = (row >= 0) & (row < self.n)
+                to = lax.rem(i, self.k) * self.rows + lax.div(i, self.k)  # all first rows, then all second ones, ...
+                pl.when(inside)(lambda: copy(source.at[pl.ds(row >> 1 if self.paired else row, 1), :], to))
+                pl.when(jnp.logical_not(inside))(lambda: copy(zero, to))
+                return carry
+
+            lax.fori_loop(0, self.rows * self.k, one, 0, unroll=self.unroll)
+
+        @pl.when(step == 0)
+        def _():
+            zero[...] = jnp.zeros_like(zero)
+            start(index_ref, 0)
+
+        half = lax.rem(step, 2)
+
+        @pl.when(step + 1 < self.steps)
+        def _():
+            start(next_ref, 1 - half)
+
+        # A copy that is described but not started: awaiting it takes as many bytes off the semaphore as the block has.
+        pltpu.make_async_copy(buffer.at[half], buffer.at[half], semaphores.at[half]).wait()
+
+        odd_ref, in_refs = (in_refs[0], in_refs[1:]) if self.paired else (None, in_refs)
+
+        def read(j):
+            rows = buffer[half, j * self.rows : (j + 1) * self.rows, :]
+            return rows if odd_ref is None else _half(rows, odd_ref[0, j][:, None].astype(jnp.uint32))
+
+        finish(read, in_refs, out_refs)
+
+    def _from_vmem(self, finish, num_operands, num_results, index_ref, x_ref, *refs):
+        in_refs, out_refs = refs[:num_operands], refs[num_operands : num_operands + num_results]
+        source, buffer, semaphore = refs[num_operands + num_results :]
+
+        @pl.when(pl.program_id(1) == 0)
+        def _():
+            copy = pltpu.make_async_copy(x_ref, source, semaphore)
+            copy.start()
+            copy.wait()
+
+        words = source.bitcast(jnp.uint32) if source.dtype == jnp.bfloat16 else source
+
+        def one(i, carry):
+            row = index_ref[0, 0, i]
+            inside = (row >= 0) & (row < self.n)
+            row = jnp.where(inside, row, 0)
+            if self.paired:
+                pair = words[pl.ds(row >> 1, 1), :]
+                value = _half(pair, (row & 1).astype(jnp.uint32))
+            else:
+                value = words[pl.ds(row, 1), :]
+            to = lax.rem(i, self.k) * self.rows + lax.div(i, self.k)
+            buffer[pl.ds(to, 1), :] = jnp.where(inside, value, 0.0)
+            return carry
+
+        lax.fori_loop(0, self.rows * self.k, one, 0, unroll=self.unroll)
+        finish(lambda j: buffer[j * self.rows : (j + 1) * self.rows, :], in_refs, out_refs)
+
+
+def _row_sums(x):
+    """[rows, d] -> [rows], which lie along lanes: a product with ones, because v4 cannot turn a column into a lane."""
+    partial = sum(x[:, i : i + LANES] for i in range(LANES, x.shape[1], LANES)) + x[:, :LANES]
+    ones, contract_lanes = jnp.ones((8, LANES), jnp.float32), (((1,), (1,)), ((), ()))
+    return lax.dot_general(ones, partial, contract_lanes, precision=lax.Precision.HIGHEST)[0]
+
+
+def pairs(x):
+    """What a view of bfloat16 rows [n, d] as uint32 holds: [n / 2, d], the even row in the low half of the word."""
+    halves = lax.bitcast_convert_type(x, jnp.uint16).astype(jnp.uint32)
+    return halves[::2] | (halves[1::2] << 16)
+
+
+def _half(pair, odd):
+    """The even or odd row of pairs of bfloat16 rows, as float32."""
+    return lax.bitcast_convert_type((pair >> (odd * 16)) << 16, jnp.float32)
