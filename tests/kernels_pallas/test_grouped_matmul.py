@@ -6,7 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from kernels_pallas import per_platform, grouped_matmul, implementations
+from kernels_pallas import grouped_matmul, implementations, per_platform
 from tests.tolerance import tolerance
 
 M, K, N = 13, 5, 3  # rows, contracted, columns
