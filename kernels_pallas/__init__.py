@@ -13,12 +13,27 @@ def implementations(platform: str | None = None) -> dict[str, tuple[str, ...]]:
     Args:
       platform: of JAX, such as "cpu", "tpu" or "cuda"; that of the default device if None.
     """
-    import jax
+    return {op: (*kernel.available(platform or _platform()), "reference") for op, kernel in _kernels().items()}
 
+
+def obstacles(platform: str | None = None) -> dict[str, str | None]:
+    """Why the kernel of each op cannot run on a platform, whatever its arguments; None where it can.
+
+    Args:
+      platform: of JAX, such as "cpu", "tpu" or "cuda"; that of the default device if None.
+    """
+    return {op: kernel.unavailable(platform or _platform()) for op, kernel in _kernels().items()}
+
+
+def _kernels():
     from kernels_pallas import rows
     from kernels_pallas.grouped_matmul import op as matmul
 
-    if platform is None:
-        platform = {"gpu": "cuda"}.get(jax.default_backend(), jax.default_backend())
-    available = (rows.available, rows.available, matmul.available)
-    return {op: (*find(platform), "reference") for op, find in zip(OPS, available, strict=True)}
+    return dict(zip(OPS, (rows.KERNEL, rows.KERNEL, matmul.KERNEL), strict=True))
+
+
+def _platform() -> str:
+    import jax
+
+    backend = jax.default_backend()
+    return "cuda" if backend == "gpu" else backend

@@ -7,6 +7,6 @@ from jax.core import ShapedArray
 
 
 def like_inputs(result: Any, inputs: Sequence[ShapedArray]) -> ShapedArray:
-    """The abstract value of a result; inside `jax.shard_map` it varies over the mesh axes that any input varies over."""
+    """The abstract value of a result; inside `jax.shard_map` it varies over the mesh axes that an input varies over."""
     varying = frozenset().union(*(getattr(aval, "vma", frozenset()) for aval in inputs))
     return ShapedArray(result.shape, result.dtype, **({"vma": varying} if varying else {}))

@@ -1,7 +1,7 @@
 """One computation with an implementation for each platform, chosen when a program is lowered.
 
-Only then is the platform known for certain: that of this machine, or of another for which a program is compiled ahead of
-time. It also means that a program for CPU neither imports nor traces a kernel.
+Only then is the platform known for certain: that of this machine, or of another for which a program is compiled ahead
+of time. It also means that a program for CPU neither imports nor traces a kernel.
 """
 
 import functools
@@ -37,8 +37,8 @@ def check_name(op: str, implementation: str | None) -> None:
 class PerPlatform:
     """A function of arrays, called with an `implementation`.
 
-    None means the kernel where the platform is one of `preferred` and the kernel can take the arguments, and XLA elsewhere;
-    which of them it was is logged once. A named one runs, or is an error that says why it cannot.
+    None means the kernel where the platform is one of `preferred` and the kernel can take the arguments, and XLA
+    elsewhere; which of them it was is logged once. A named one runs, or is an error that says why it cannot.
     """
 
     def __init__(
@@ -87,6 +87,13 @@ class PerPlatform:
         frozen = tuple(sorted(options.items()))
         return tuple(self._bind(*arrays, implementation=implementation, options=frozen, batch_axes=0))
 
+    def unavailable(self, platform: str) -> str | None:
+        """Why there can be no "pallas" on a platform of JAX, whatever the arguments; None if there can."""
+        target = PLATFORMS.get(platform)
+        if target is None:
+            return "Pallas kernels are for TPU and CUDA devices."
+        return self._obstacle(target)
+
     def available(self, platform: str) -> tuple[str, ...]:
         """The implementations on a platform of JAX ("cpu", "tpu", "cuda", ...), the default first."""
         kernel = PLATFORMS.get(platform)
@@ -95,16 +102,21 @@ class PerPlatform:
         return ("pallas", "xla") if kernel in self.preferred else ("xla", "pallas")
 
     def refusal(self, platform: str, *arrays: Any, **options: Any) -> str | None:
-        """Why the kernel for "tpu" or "gpu" cannot take these arrays, or anything with a shape and dtype; None if it can."""
-        if platform not in self.kernels:
-            return f"There is no kernel for {platform}."
-        if reason := device_refusal(platform):
+        """Why the kernel for "tpu" or "gpu" cannot take arrays of these shapes and dtypes; None if it can."""
+        if reason := self._obstacle(platform):
+            return reason
+        return importlib.import_module(self.kernels[platform]).refusal(*arrays, **options)
+
+    def _obstacle(self, target: str) -> str | None:
+        if target not in self.kernels:
+            return f"There is no kernel for {target}."
+        if reason := device_refusal(target):
             return reason
         try:
-            module = importlib.import_module(self.kernels[platform])
+            importlib.import_module(self.kernels[target])
         except ImportError as error:
-            return f"The kernel for {platform} cannot be imported: {error}."
-        return module.refusal(*arrays, **options)
+            return f"The kernel for {target} cannot be imported: {error}."
+        return None
 
     def _kernel(self, platform: str) -> Callable[..., Sequence[jax.Array]]:
         return getattr(importlib.import_module(self.kernels[platform]), self.name)
@@ -172,7 +184,7 @@ def device_refusal(platform: str) -> str | None:
         return f"The kernels are for TPU v4 and newer, and this is a {device.device_kind}."
     capability = getattr(device, "compute_capability", None)
     if platform == "gpu" and capability and float(capability) < OLDEST_CUDA:
-        return f"The kernels want a GPU of compute capability {OLDEST_CUDA} or more; {device.device_kind} has {capability}."
+        return f"The kernels want compute capability {OLDEST_CUDA} or more; this {device.device_kind} has {capability}."
     return None
 
 

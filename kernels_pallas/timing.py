@@ -16,7 +16,7 @@ def paired_times(functions: Mapping[str, Callable[[], Any]], *, runs: int = 20, 
     Args:
       functions: by name; each returns arrays, which are waited for. All are called twice before the clock starts.
       runs: how often each is timed.
-      calls: of a function that are queued before their results are waited for, where one call is too short for the clock.
+      calls: of a function that are queued before their results are waited for, where one is too short for the clock.
     """
     for function in functions.values():
         jax.block_until_ready(function())

@@ -187,8 +187,10 @@ def layers() -> Iterator[Finding]:
     gates = jnp.full((1, 64, 2), 0.5)  # [G, S, E]
     for name, router in (("with a capacity", TopK(k=1)), ("dropless", TopK(k=1, capacity_factor=None))):
         yield Finding("layers", f"dispatch {name}", True, auto_method(router(gates)))
+    obstacles = kernels_pallas.obstacles()
     for op, (default, *others) in kernels_pallas.implementations().items():
-        yield Finding("layers", op, True, f"{default} (also: {', '.join(others)})" if others else default)
+        why_not = f"; no pallas: {obstacles[op]}" if obstacles[op] else ""
+        yield Finding("layers", op, True, f"{default} (also: {', '.join(others)}){why_not}")
 
 
 @dataclasses.dataclass(frozen=True)

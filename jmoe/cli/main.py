@@ -29,7 +29,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     except SystemExit as done:  # argparse has printed the help or the mistake
         return done.code if isinstance(done.code, int) else 2
     logging.basicConfig(format="%(message)s")
-    logging.getLogger("jmoe").setLevel(logging.INFO)
+    for package in ("jmoe", "kernels_pallas"):
+        logging.getLogger(package).setLevel(logging.INFO)
     try:
         status = COMMANDS[args.command].run(args)
         sys.stdout.flush()

@@ -1,5 +1,6 @@
 """Dispatch: tokens to expert slots and back, by a routing decision. Pure functions of arrays."""
 
+from jmoe.dispatch.api import Implementation as Implementation
 from jmoe.dispatch.api import Method as Method
 from jmoe.dispatch.api import auto_method as auto_method
 from jmoe.dispatch.api import combine as combine

@@ -11,9 +11,16 @@ from jmoe.notation import Array, Float
 from jmoe.routing.decision import Decision, Mixing, Routing
 
 Method = Literal["auto", "einsum", "gather", "ragged"]
+Implementation = Literal["pallas", "xla"]
 
 
-def dispatch(x: Float[Array, "G S D"], decision: Decision, method: Method = "gather") -> Array | Ragged:
+def dispatch(
+    x: Float[Array, "G S D"],
+    decision: Decision,
+    method: Method = "gather",
+    *,
+    implementation: Implementation | None = None,
+) -> Array | Ragged:
     """Moves tokens to the slots of their experts.
 
     Args:
@@ -21,6 +28,8 @@ def dispatch(x: Float[Array, "G S D"], decision: Decision, method: Method = "gat
       decision: a Routing, or a Mixing (for which there is only "einsum", and "gather" and "auto" mean it).
       method: "gather" (rows copied by index), "einsum" (one-hot masks, the definition), "ragged" (sorted by expert,
         no slots), or "auto".
+      implementation: of the row ops of "gather" and "ragged": "pallas", "xla", or None for the fastest on the platform
+        that it is compiled for.
 
     Returns:
       [G, E, C, D] in the dtype of x, empty slots zero; or a Ragged for "ragged".
@@ -28,29 +37,36 @@ def dispatch(x: Float[Array, "G S D"], decision: Decision, method: Method = "gat
 
     Raises:
       ValueError: x does not have the groups of the decision, the method is unknown, or it is "ragged" for a Mixing.
+      NotImplementedError: the named implementation cannot do this here.
     """
     G, S, _ = x.shape
     groups, tokens = _groups(decision)
     if (groups, tokens) != (G, S):
         raise ValueError(f"dispatch got x with {G} groups of {S} tokens; the decision is of {groups} of {tokens}.")
-    return _module(method, decision).dispatch(x, decision)
+    module, options = _module(method, decision, implementation)
+    return module.dispatch(x, decision, **options)
 
 
-def combine(y: Array, decision: Decision, method: Method = "gather") -> Float[Array, "G S D"]:
+def combine(
+    y: Array, decision: Decision, method: Method = "gather", *, implementation: Implementation | None = None
+) -> Float[Array, "G S D"]:
     """Brings the experts' outputs back to the tokens, summed by combine weight in float32.
 
     Args:
       y: [G, E, C, D] what the experts made of `dispatch(x, decision, method)`; [N, D] rows for "ragged".
       decision: the decision that dispatched.
       method: the method that dispatched.
+      implementation: as for `dispatch`.
 
     Returns:
       [G, S, D] in the dtype of y; zero for a token whose assignments were all dropped.
 
     Raises:
       ValueError: the method is unknown, or it is "ragged" for a Mixing.
+      NotImplementedError: the named implementation cannot do this here.
     """
-    return _module(method, decision).combine(y, decision)
+    module, options = _module(method, decision, implementation)
+    return module.combine(y, decision, **options)
 
 
 def rounded(x: Float[Array, "..."], dtype: str | None) -> Float[Array, "..."]:
@@ -105,5 +121,13 @@ def _groups(decision: Decision) -> tuple[int, int]:
     return decision.token.shape[0], decision.group_size
 
 
-def _module(method: Method, decision: Decision):
-    return {"einsum": einsum, "gather": gather, "ragged": ragged}[resolve(method, decision)]
+def _module(method: Method, decision: Decision, implementation: Implementation | None):
+    """The module of a method, and what else its functions take."""
+    if (name := resolve(method, decision)) != "einsum":
+        return {"gather": gather, "ragged": ragged}[name], {"implementation": implementation}
+    if implementation not in (None, "xla"):
+        what = "A soft router mixes" if isinstance(decision, Mixing) else "Method 'einsum' moves"
+        raise NotImplementedError(
+            f"{what} tokens by matrix multiplies of XLA; {implementation!r} is an implementation of 'gather' and 'ragged'."
+        )
+    return einsum, {}

@@ -27,20 +27,22 @@ class Ragged:
     group_sizes: Int[Array, " E"]
 
 
-def dispatch(x: Float[Array, "G S D"], routing: Routing) -> Ragged:
+def dispatch(x: Float[Array, "G S D"], routing: Routing, implementation: str | None = None) -> Ragged:
     """Copies each kept assignment's token, sorted by expert, then by group and place in the list."""
     G, S, D = x.shape
     key = sort_key(routing)
     slots, _, choice = row_index(routing, key)
     sizes = jnp.sum(key[:, None] == jnp.arange(routing.num_experts)[None], axis=0, dtype=jnp.int32)
-    return Ragged(rows=gather_rows(x.reshape(G * S, D), slots, choice), group_sizes=sizes)
+    rows = gather_rows(x.reshape(G * S, D), slots, choice, implementation=implementation)
+    return Ragged(rows=rows, group_sizes=sizes)
 
 
-def combine(y: Float[Array, "N D"], routing: Routing) -> Float[Array, "G S D"]:
+def combine(y: Float[Array, "N D"], routing: Routing, implementation: str | None = None) -> Float[Array, "G S D"]:
     """Sums each token's rows by weight, in float32; a token whose assignments were all dropped is zero."""
     slots, weights, choice = row_index(routing, sort_key(routing))
     G, _ = routing.token.shape
-    return combine_rows(y, slots, weights, choice).reshape(G, routing.group_size, y.shape[-1])
+    tokens = combine_rows(y, slots, weights, choice, implementation=implementation)
+    return tokens.reshape(G, routing.group_size, y.shape[-1])
 
 
 def sort_key(routing: Routing) -> Int[Array, " GA"]:

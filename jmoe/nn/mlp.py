@@ -90,7 +90,12 @@ class ExpertMlp(nnx.Module):
         return drop(jnp.einsum("ENF,EFD->END", hidden, w_out) + b_out[:, None], self.dropout, keys[1], shared)
 
     def ragged(
-        self, rows: Float[Array, "N D"], group_sizes: Int[Array, " E"], *, key: PRNGKeyArray | None = None
+        self,
+        rows: Float[Array, "N D"],
+        group_sizes: Int[Array, " E"],
+        *,
+        key: PRNGKeyArray | None = None,
+        implementation: str | None = None,
     ) -> Float[Array, "N D"]:
         """Applies each expert to its rows of a list sorted by expert; rows of no expert come out arbitrary but finite.
 
@@ -102,9 +107,10 @@ class ExpertMlp(nnx.Module):
         expert = jnp.searchsorted(jnp.cumsum(group_sizes), jnp.arange(rows.shape[0]), side="right")
         expert = jnp.minimum(expert, group_sizes.shape[0] - 1)
         one_hot = jax.nn.one_hot(expert, group_sizes.shape[0], dtype=dtype)  # its gradient sums rows without a scatter
-        hidden = gelu(grouped_matmul(rows.astype(dtype), w_in, group_sizes) + one_hot @ b_in)
+        multiply = functools.partial(grouped_matmul, group_sizes=group_sizes, implementation=implementation)
+        hidden = gelu(multiply(rows.astype(dtype), w_in) + one_hot @ b_in)
         hidden = drop(hidden, self.dropout, keys[0])
-        return drop(grouped_matmul(hidden, w_out, group_sizes) + one_hot @ b_out, self.dropout, keys[1])
+        return drop(multiply(hidden, w_out) + one_hot @ b_out, self.dropout, keys[1])
 
 
 def mlp_parameters(key: PRNGKeyArray, D: int, hidden_dim: int) -> tuple[Array, Array, Array, Array]:

@@ -9,7 +9,7 @@ from typing import Any, Literal
 import jax
 from flax import nnx
 
-from jmoe.dispatch import Method, Ragged, combine, dispatch, resolve, rounded
+from jmoe.dispatch import Implementation, Method, Ragged, combine, dispatch, resolve, rounded
 from jmoe.nn.gate import default_gate
 from jmoe.nn.groups import from_groups, group_length, say_once, to_groups
 from jmoe.nn.mlp import ExpertInit, ExpertMlp
@@ -34,6 +34,8 @@ class MoEConfig:
       expert_init: "identical" as published, or "independent".
       losses: auxiliary losses with their weights; None for those published with the router.
       method: how tokens move: "gather", "einsum", "ragged", or "auto".
+      implementation: of the ops of "gather" and "ragged": "pallas" (kernels for TPU and GPU), "xla", or None for the
+        fastest on the platform that the layer is compiled for, which is logged. A named one that cannot is an error.
       exchange_dtype: "bfloat16" rounds tokens on their way to the experts and back, as published; None leaves them as
         they are. Combine weights and sums are float32 either way.
       members: M of an efficient ensemble (E3, arXiv:2110.03360): each member has E / M experts of its own and sees its
@@ -53,6 +55,7 @@ class MoEConfig:
     expert_init: ExpertInit = "identical"
     losses: tuple[Loss, ...] | None = None
     method: Method = "auto"
+    implementation: Implementation | None = None
     exchange_dtype: Literal["bfloat16"] | None = None
     members: int = 1
     gate: Callable[..., Any] | None = None
@@ -68,6 +71,8 @@ class MoEConfig:
             raise ValueError(f"MoEConfig wants expert_init 'identical' or 'independent'; it got {self.expert_init!r}.")
         if self.method not in typing.get_args(Method):
             raise ValueError(f"MoEConfig wants method 'auto', 'einsum', 'gather' or 'ragged'; it got {self.method!r}.")
+        if self.implementation not in (None, *typing.get_args(Implementation)):
+            raise ValueError(f"MoEConfig wants implementation 'pallas', 'xla' or None; it got {self.implementation!r}.")
         if self.exchange_dtype not in (None, "bfloat16"):
             raise ValueError(f"MoEConfig wants exchange_dtype 'bfloat16' or None; it got {self.exchange_dtype!r}.")
         if not isinstance(self.router, Router):
@@ -191,15 +196,17 @@ class MoEMlp(nnx.Module):
         if config.method == "auto":
             name = type(config.router).__name__
             say_once(f"Dispatch 'auto' is {method!r} for {name} in groups of {S} tokens.", logging.INFO)
-        slots = dispatch(rounded(tokens, config.exchange_dtype), decision, method)
+        implementation = config.implementation
+        slots = dispatch(rounded(tokens, config.exchange_dtype), decision, method, implementation=implementation)
         if isinstance(slots, Ragged):
-            outputs = self.experts.ragged(slots.rows, slots.group_sizes, key=dropout_key)
+            outputs = self.experts.ragged(slots.rows, slots.group_sizes, key=dropout_key, implementation=implementation)
         else:
             slots = slots.swapaxes(0, 1)  # [E, G, C, D]
             E, G, C, D = slots.shape
             outputs = self.experts(slots.reshape(E, G * C, D), key=dropout_key)
             outputs = outputs.reshape(E, G, C, D).swapaxes(0, 1)
-        y = from_groups(combine(rounded(outputs, config.exchange_dtype), decision, method), B // M, T * M)
+        y = combine(rounded(outputs, config.exchange_dtype), decision, method, implementation=implementation)
+        y = from_groups(y, B // M, T * M)
         y = (y if M == 1 else separate_members(y, M)).astype(x.dtype)
 
         losses = config.router.losses if config.losses is None else config.losses

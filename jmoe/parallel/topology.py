@@ -32,8 +32,8 @@ def topology_devices(topology: str) -> tuple[jax.Device, ...]:
     generation, _, shape = topology.partition(":")
     if generation not in GENERATIONS or not shape.replace("x", "").isdecimal():
         raise UserError(
-            f"There is no TPU topology {topology!r}; use one of {', '.join(GENERATIONS)} with the chips in each direction, "
-            "such as v5e:4x4 or v5p:2x2x2."
+            f"There is no TPU topology {topology!r}; use one of {', '.join(GENERATIONS)} with the chips in each "
+            "direction, such as v5e:4x4 or v5p:2x2x2."
         )
     if importlib.util.find_spec("libtpu") is None:
         raise UserError("Compiling for a TPU needs its compiler, libtpu: pip install 'jmoe[plan]'.")

@@ -12,7 +12,7 @@ from kernels_pallas.per_platform import PerPlatform, check_name
 
 _matmul = PerPlatform("grouped_matmul", xla=xla.grouped_matmul, kernels={}, preferred=())
 _outer = PerPlatform("grouped_outer", xla=xla.grouped_outer, kernels={}, preferred=())
-available = _matmul.available
+KERNEL = _matmul
 
 
 def grouped_matmul(

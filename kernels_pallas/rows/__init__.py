@@ -32,7 +32,7 @@ _gather_dot = PerPlatform(
     kernels=KERNELS,
     preferred=PREFERRED,
 )
-available = _gather_sum.available
+KERNEL = _gather_sum
 
 
 def gather_sum(

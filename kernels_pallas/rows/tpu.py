@@ -1,15 +1,16 @@
 """Rows by index on TPU.
 
 A grid step makes one block of output rows. The indices of its rows stand in scalar memory (blocks of them are fetched
-ahead by Pallas, so that a call may have any number), and each names a row that is copied into a buffer in vector memory:
+ahead by Pallas, so that a call may have any number). Each names a row, which is copied into a buffer in vector memory:
 
 - "hbm": by an asynchronous copy of its own from where the source lies. All copies of the next block are started before
   the current one is used; the buffer is double. They signal one semaphore, which is awaited once for the whole block.
-- "vmem": from a copy of the whole source in vector memory, for a source that fits there. It is read once instead of k times
-  as often, and by one large copy.
+- "vmem": from a copy of the whole source in vector memory, for a source that fits there. It is read once instead of
+  once for each row that names it, and by one large copy.
 
-bfloat16 rows lie in pairs: a 32-bit word holds the same column of rows 2i and 2i + 1. No single one of them can be copied,
-so sources are viewed as uint32 [n / 2, d], a pair is copied, and the half that was meant becomes float32 by a shift.
+bfloat16 rows lie in pairs: a 32-bit word holds the same column of rows 2i and 2i + 1. No single one of them can be
+copied, so sources are viewed as uint32 [n / 2, d], a pair is copied, and the half that was meant becomes float32 by a
+shift.
 An index out of range copies a row of zeros that lies in vector memory: the semaphore counts the same bytes, and nothing
 is read out of bounds.
 

@@ -172,7 +172,7 @@ def test_without_installation_the_requirements_are_those_of_pyproject(installed)
     found = doctor.requirements("jmoe")
     assert len(found) == count
     assert doctor.Requirement("jax", (), "0.10.0", None) in found
-    assert doctor.Requirement("jmoe", ("train",), None, "test") in found
+    assert doctor.Requirement("jmoe", ("train", "plan"), None, "test") in found
     assert doctor.requirements("jax") == []
     assert set(project["optional-dependencies"]) == set(doctor.EXTRAS)
 
