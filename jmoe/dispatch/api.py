@@ -128,6 +128,6 @@ def _module(method: Method, decision: Decision, implementation: Implementation |
     if implementation not in (None, "xla"):
         what = "A soft router mixes" if isinstance(decision, Mixing) else "Method 'einsum' moves"
         raise NotImplementedError(
-            f"{what} tokens by matrix multiplies of XLA; {implementation!r} is an implementation of 'gather' and 'ragged'."
+            f"{what} tokens by matrix multiplies; {implementation!r} is an implementation of 'gather' and 'ragged'."
         )
     return einsum, {}
