@@ -8,11 +8,7 @@ ahead by Pallas, so that a call may have any number). Each names a row, which is
 - "vmem": from a copy of the whole source in vector memory, for a source that fits there. It is read once instead of
   once for each row that names it, and by one large copy.
 
-bfloat16 rows lie in pairs: a 32-bit word holds the same column of rows 2i and 2i + 1. No single one of them can be
-copied, so sources are viewed as uint32 [n / 2, d], a pair is copied, and the half that was meant becomes float32 by a
-shift.
-An index out of range copies a row of zeros that lies in vector memory: the semaphore counts the same bytes, and nothing
-is read out of bounds.
+How a row is copied, one of bfloat16 or out of range too, is in copies.py.
 
 The leading grid axis is parallel, for chips with two cores (v4, v5p): each has buffers of its own.
 """
@@ -28,6 +24,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from kernels_pallas.interpreter import interpreter
+from kernels_pallas.rows import copies
 
 LANES = 128
 MAX_PER_ROW = 16  # rows per sum; each has a place in the buffer
@@ -121,10 +118,9 @@ class _Call:
     """A pallas_call over blocks of m output rows, each made of k rows of x."""
 
     def __init__(self, x, m: int, k: int, config: TileConfig):
-        self.paired = x.dtype == jnp.bfloat16
+        self.paired = copies.paired(x.dtype)
         self.n, self.d = x.shape
-        # The pair of the last row must exist.
-        self.x = jnp.pad(x, ((0, 1), (0, 0))) if self.paired and self.n % 2 else x
+        self.x = copies.whole_pairs(x)
         self.m, self.k = m, k
         self.rows = min(config.rows, pl.cdiv(m, 16) * 16)
         self.blocks = pl.cdiv(m, self.rows)
@@ -156,8 +152,8 @@ class _Call:
         # Past the last row of the result there is nothing to read: n is out of range.
         index = jnp.pad(index.astype(jnp.int32), ((0, self.padded - self.m), (0, 0)), constant_values=self.n)
         index = index.reshape(self.blocks, 1, self.rows * self.k)
-        x = pairs(self.x) if interpret and self.paired else self.x  # interpreters know no view of other words
-        size, word = self.x.dtype.itemsize, jnp.uint32 if self.paired else jnp.float32
+        x = copies.pairs(self.x) if interpret and self.paired else self.x
+        size, word = self.x.dtype.itemsize, copies.word(self.x.dtype)
         out_shape = [jax.ShapeDtypeStruct((self.m, self.d), self.x.dtype)]
         out_specs = [self.block_of_rows()]
         if products:
@@ -207,18 +203,13 @@ class _Call:
         in_refs, out_refs = refs[:num_operands], refs[num_operands : num_operands + num_results]
         buffer, zero, semaphores = refs[num_operands + num_results :]
         step = pl.program_id(1)
-        source = x_ref.bitcast(jnp.uint32) if x_ref.dtype == jnp.bfloat16 else x_ref
+        source = copies.words(x_ref)
 
         def start(indices, half):
-            def copy(row, to):
-                pltpu.make_async_copy(row, buffer.at[half, pl.ds(to, 1), :], semaphores.at[half]).start()
-
             def one(i, carry):
-                row = indices[0, 0, i]
-                inside = (row >= 0) & (row < self.n)
                 to = lax.rem(i, self.k) * self.rows + lax.div(i, self.k)  # all first rows, then all second ones, ...
-                pl.when(inside)(lambda: copy(source.at[pl.ds(row >> 1 if self.paired else row, 1), :], to))
-                pl.when(jnp.logical_not(inside))(lambda: copy(zero, to))
+                place = buffer.at[half, pl.ds(to, 1), :]
+                copies.start(source, indices[0, 0, i], self.n, place, zero, semaphores.at[half])
                 return carry
 
             lax.fori_loop(0, self.rows * self.k, one, 0, unroll=self.unroll)
@@ -234,14 +225,13 @@ class _Call:
         def _():
             start(next_ref, 1 - half)
 
-        # A copy that is described but not started: awaiting it takes as many bytes off the semaphore as the block has.
-        pltpu.make_async_copy(buffer.at[half], buffer.at[half], semaphores.at[half]).wait()
+        copies.wait(buffer.at[half], semaphores.at[half])
 
         odd_ref, in_refs = (in_refs[0], in_refs[1:]) if self.paired else (None, in_refs)
 
         def read(j):
             rows = buffer[half, j * self.rows : (j + 1) * self.rows, :]
-            return rows if odd_ref is None else _half(rows, odd_ref[0, j][:, None].astype(jnp.uint32))
+            return rows if odd_ref is None else copies.half(rows, odd_ref[0, j][:, None].astype(jnp.uint32))
 
         finish(read, in_refs, out_refs)
 
@@ -255,7 +245,7 @@ class _Call:
             copy.start()
             copy.wait()
 
-        words = source.bitcast(jnp.uint32) if source.dtype == jnp.bfloat16 else source
+        words = copies.words(source)
 
         def one(i, carry):
             row = index_ref[0, 0, i]
@@ -263,7 +253,7 @@ class _Call:
             row = jnp.where(inside, row, 0)
             if self.paired:
                 pair = words[pl.ds(row >> 1, 1), :]
-                value = _half(pair, (row & 1).astype(jnp.uint32))
+                value = copies.half(pair, (row & 1).astype(jnp.uint32))
             else:
                 value = words[pl.ds(row, 1), :]
             to = lax.rem(i, self.k) * self.rows + lax.div(i, self.k)
@@ -279,14 +269,3 @@ def _row_sums(x):
     partial = sum(x[:, i : i + LANES] for i in range(LANES, x.shape[1], LANES)) + x[:, :LANES]
     ones, contract_lanes = jnp.ones((8, LANES), jnp.float32), (((1,), (1,)), ((), ()))
     return lax.dot_general(ones, partial, contract_lanes, precision=lax.Precision.HIGHEST)[0]
-
-
-def pairs(x):
-    """What a view of bfloat16 rows [n, d] as uint32 holds: [n / 2, d], the even row in the low half of the word."""
-    halves = lax.bitcast_convert_type(x, jnp.uint16).astype(jnp.uint32)
-    return halves[::2] | (halves[1::2] << 16)
-
-
-def _half(pair, odd):
-    """The even or odd row of pairs of bfloat16 rows, as float32."""
-    return lax.bitcast_convert_type((pair >> (odd * 16)) << 16, jnp.float32)
