@@ -13,7 +13,7 @@ from jaxtyping import Array, Float, Int
 from kernels_pallas.per_platform import PerPlatform
 from kernels_pallas.rows import xla
 
-KERNELS = {"tpu": "kernels_pallas.rows.tpu"}
+KERNELS = {"tpu": "kernels_pallas.rows.tpu", "gpu": "kernels_pallas.rows.gpu"}
 # The kernels for TPU are the default there: what they read and write is less by the compiler's count (README.md). Those
 # for GPU have not run on one yet (benchmarks/gpu.py does it), so XLA's gathers are the default there.
 PREFERRED = ("tpu",)
