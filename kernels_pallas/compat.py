@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from typing import Any
 
+import jax
 from jax.core import ShapedArray
 
 
@@ -10,3 +11,15 @@ def like_inputs(result: Any, inputs: Sequence[ShapedArray]) -> ShapedArray:
     """The abstract value of a result; inside `jax.shard_map` it varies over the mesh axes that an input varies over."""
     varying = frozenset().union(*(getattr(aval, "vma", frozenset()) for aval in inputs))
     return ShapedArray(result.shape, result.dtype, **({"vma": varying} if varying else {}))
+
+
+def target_device() -> Any:
+    """The device that is compiled for, real or abstract: that of the mesh in force, or else of this machine."""
+    mesh = jax.sharding.get_abstract_mesh()
+    return getattr(mesh, "abstract_device", None) or jax.devices()[0]
+
+
+def platform_of(device: Any) -> str:
+    """Returns "cpu", "gpu" or "tpu"."""
+    platform = device.platform
+    return "gpu" if platform in ("cuda", "rocm") else platform

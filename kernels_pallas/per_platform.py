@@ -14,7 +14,7 @@ import jax
 from jax.extend.core import Primitive
 from jax.interpreters import batching, mlir
 
-from kernels_pallas import compat
+from kernels_pallas import compat, target
 
 logger = logging.getLogger("kernels_pallas")
 _said: set[str] = set()
@@ -89,10 +89,8 @@ class PerPlatform:
 
     def unavailable(self, platform: str) -> str | None:
         """Why there can be no "pallas" on a platform of JAX, whatever the arguments; None if there can."""
-        target = PLATFORMS.get(platform)
-        if target is None:
-            return "Pallas kernels are for TPU and CUDA devices."
-        return self._obstacle(target)
+        kernel = PLATFORMS.get(platform)
+        return self._obstacle(kernel) if kernel else "Pallas kernels are for TPU and CUDA devices."
 
     def available(self, platform: str) -> tuple[str, ...]:
         """The implementations on a platform of JAX ("cpu", "tpu", "cuda", ...), the default first."""
@@ -107,15 +105,15 @@ class PerPlatform:
             return reason
         return importlib.import_module(self.kernels[platform]).refusal(*arrays, **options)
 
-    def _obstacle(self, target: str) -> str | None:
-        if target not in self.kernels:
-            return f"There is no kernel for {target}."
-        if reason := device_refusal(target):
+    def _obstacle(self, platform: str) -> str | None:
+        if platform not in self.kernels:
+            return f"There is no kernel for {platform}."
+        if reason := device_refusal(platform):
             return reason
         try:
-            importlib.import_module(self.kernels[target])
+            importlib.import_module(self.kernels[platform])
         except ImportError as error:
-            return f"The kernel for {target} cannot be imported: {error}."
+            return f"The kernel for {platform} cannot be imported: {error}."
         return None
 
     def _kernel(self, platform: str) -> Callable[..., Sequence[jax.Array]]:
@@ -147,17 +145,17 @@ class PerPlatform:
 
     def _choose(self, platform: str | None, arrays: Sequence[Any], implementation: str | None, options: dict[str, Any]):
         """The kernel to take, or None for XLA."""
-        target = PLATFORMS.get(platform or "")
-        wanted = implementation == "pallas" or target in self.preferred
+        kernel = PLATFORMS.get(platform or "")
+        wanted = implementation == "pallas" or kernel in self.preferred
         reason = "Pallas kernels are for TPU and CUDA devices."
-        if wanted and target:
-            reason = self.refusal(target, *arrays, **options)
+        if wanted and kernel:
+            reason = self.refusal(kernel, *arrays, **options)
             if reason is None:
-                _say_once(f"{self.title} runs as 'pallas' on {target}.")
-                return self._kernel(target)
+                _say_once(f"{self.title} runs as 'pallas' on {kernel}.")
+                return self._kernel(kernel)
         if implementation == "pallas":
             raise NotImplementedError(f"{self.title} cannot run as 'pallas' here: {reason} Use 'xla', or None.")
-        _say_once(f"{self.title} runs as 'xla'{f' on {target}: {reason}' if wanted and target else ' here.'}")
+        _say_once(f"{self.title} runs as 'xla'{f' on {kernel}: {reason}' if wanted and kernel else ' here.'}")
         return None
 
     def _batch(self, arrays: Sequence[Any], axes: Sequence[Any], *, batch_axes: int, **parameters: Any):
@@ -176,15 +174,15 @@ class PerPlatform:
 
 
 def device_refusal(platform: str) -> str | None:
-    """Why the devices at hand cannot run kernels for "tpu" or "gpu"; None if they can, or are of another platform."""
-    if jax.default_backend() != platform:
+    """Why the device that is compiled for cannot run kernels for "tpu" or "gpu"; None if it can, or is not known."""
+    if platform == "tpu":
+        kind = target.device_kind("tpu")
+        if kind is not None and kind.startswith(OLD_TPUS):
+            return f"The kernels are for TPU v4 and newer, and this is a {kind}."
         return None
-    device = jax.devices()[0]
-    if platform == "tpu" and device.device_kind.startswith(OLD_TPUS):
-        return f"The kernels are for TPU v4 and newer, and this is a {device.device_kind}."
-    capability = getattr(device, "compute_capability", None)
-    if platform == "gpu" and capability and float(capability) < OLDEST_CUDA:
-        return f"The kernels want compute capability {OLDEST_CUDA} or more; this {device.device_kind} has {capability}."
+    capability = target.compute_capability()
+    if capability is not None and capability < OLDEST_CUDA:
+        return f"The kernels want a GPU of compute capability {OLDEST_CUDA} or more; this one has {capability}."
     return None
 
 

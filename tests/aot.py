@@ -12,6 +12,7 @@ WIDTHS = (512, 768, 1024, 1280, 1408)  # of the published models
 
 def compile_for(chip: str, function, *shapes):
     """The function compiled for one chip of a generation; shapes are jax.ShapeDtypeStructs."""
-    sharding = NamedSharding(Mesh(np.array(topology_devices(CHIPS[chip])[:1]), ("x",)), PartitionSpec())
-    shardings = jax.tree.map(lambda _: sharding, shapes)
-    return jax.jit(function, in_shardings=shardings).lower(*shapes).compile()
+    mesh = Mesh(np.array(topology_devices(CHIPS[chip])[:1]), ("x",))
+    shardings = jax.tree.map(lambda _: NamedSharding(mesh, PartitionSpec()), shapes)
+    with jax.set_mesh(mesh):  # so that kernels know the chip
+        return jax.jit(function, in_shardings=shardings).lower(*shapes).compile()

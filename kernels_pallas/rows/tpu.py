@@ -15,6 +15,7 @@ The leading grid axis is parallel, for chips with two cores (v4, v5p): each has 
 
 import dataclasses
 import functools
+import math
 from typing import Literal
 
 import jax
@@ -23,14 +24,15 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
+from kernels_pallas import target
 from kernels_pallas.interpreter import interpreter
 from kernels_pallas.rows import copies
+from kernels_pallas.target import MIB
 
 LANES = 128
 MAX_PER_ROW = 16  # rows per sum; each has a place in the buffer
-# The smallest generation, v4, has 16 MiB of vector memory, and the platform is all that is known of the chip when a
-# program is lowered: so a source counts as small if it leaves half of that to the blocks.
-SOURCE_BYTES = 8 * 2**20
+SOURCE_BYTES = 32 * MIB  # in vector memory at most, and at most half of it: XLA keeps arrays of its own there
+SPARE_BYTES = 4 * MIB  # of vector memory, for what the compiler adds to the buffers of a kernel
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,14 +42,14 @@ class TileConfig:
     Attributes:
       rows: output rows of a grid step.
       unroll: copies that are started per turn of the loop.
-      source: "hbm", "vmem", or None for "vmem" where the source has at most SOURCE_BYTES.
-      cores: size of the leading, parallel grid axis.
+      source: "hbm", "vmem", or None for "vmem" where the source fits.
+      cores: size of the leading, parallel grid axis; None for the cores of the chip.
     """
 
     rows: int = 128
     unroll: int = 8
     source: Literal["hbm", "vmem"] | None = None
-    cores: int = 2
+    cores: int | None = None
 
 
 def refusal(x, index, *_) -> str | None:
@@ -125,9 +127,10 @@ class _Call:
         self.rows = min(config.rows, pl.cdiv(m, 16) * 16)
         self.blocks = pl.cdiv(m, self.rows)
         self.padded = self.blocks * self.rows
-        self.cores = min(config.cores, self.blocks)
+        chip = target.chip()
+        self.cores = min(config.cores or chip.cores, self.blocks)
         self.steps = pl.cdiv(self.blocks, self.cores)
-        small = self.x.size * self.x.dtype.itemsize <= SOURCE_BYTES
+        small = self.x.size * self.x.dtype.itemsize <= min(SOURCE_BYTES, chip.vector_memory // 2)
         self.source = config.source or ("vmem" if small else "hbm")
         self.unroll = config.unroll
 
@@ -171,6 +174,7 @@ class _Call:
                 pltpu.SemaphoreType.DMA((2,)),
             ]
             read_bytes = self.m * self.k * self.d * 4  # a float32 row, or a pair of bfloat16 rows
+            buffers = 2 * self.k * self.rows * self.d * 4
         else:
             kernel = self._from_vmem
             ahead = []
@@ -180,8 +184,10 @@ class _Call:
                 pltpu.SemaphoreType.DMA,
             ]
             read_bytes = self.cores * self.x.size * size
+            buffers = self.x.size * size + self.k * self.rows * self.d * 4
         others = sum(a.size * a.dtype.itemsize for a in [*operands, index, *ahead])
         results = sum(s.size * s.dtype.itemsize for s in out_shape)
+        blocks = 2 * sum(math.prod(spec.block_shape) * 4 for spec in [*specs, *out_specs])
         return pl.pallas_call(
             functools.partial(kernel, finish, len(operands), len(out_shape)),
             grid=(self.cores, self.steps),
@@ -193,7 +199,9 @@ class _Call:
             out_specs=out_specs,
             out_shape=out_shape,
             scratch_shapes=scratch,
-            compiler_params=pltpu.CompilerParams(dimension_semantics=("parallel", "arbitrary")),
+            compiler_params=pltpu.CompilerParams(
+                dimension_semantics=("parallel", "arbitrary"), vmem_limit_bytes=buffers + blocks + SPARE_BYTES
+            ),
             cost_estimate=pl.CostEstimate(flops=flops, transcendentals=0, bytes_accessed=read_bytes + others + results),
             interpret=interpreter("tpu") if interpret else False,
             name=name,
