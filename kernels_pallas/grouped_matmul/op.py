@@ -15,7 +15,7 @@ from kernels_pallas.indexing import check_index_pair
 from kernels_pallas.per_platform import PerPlatform, check_name
 from kernels_pallas.rows import gather_sum
 
-KERNELS: dict[str, str] = {}
+KERNELS = {"tpu": "kernels_pallas.grouped_matmul.tpu"}
 PREFERRED = ()
 
 _matmul = PerPlatform("grouped_matmul", xla=xla.grouped_matmul, kernels=KERNELS, preferred=PREFERRED)
@@ -150,4 +150,4 @@ def _check(x, w, group_sizes, rows, bias, activation) -> None:
         known = ", ".join(repr(name) for name in ACTIVATIONS if name)
         raise ValueError(f"grouped_matmul has no activation {activation!r}; use one of {known}, or None.")
     if rows is not None:
-        check_index_pair(x.shape[0], *rows, "grouped_matmul")
+        check_index_pair(x.shape[0], rows[0], rows[1], "grouped_matmul")
