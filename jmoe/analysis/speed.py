@@ -1,131 +1,253 @@
-"""How fast the sparse layer is on the machine at hand, as ratios to a dense MLP of equal FLOPs."""
+"""How fast the sparse layer is on the machine at hand, and how much memory it takes, beside simpler layers."""
 
 import dataclasses
-import statistics
-import time
-from collections.abc import Callable, Mapping
-from typing import Any
+import functools
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from jmoe.dispatch import Method
-from jmoe.nn.mlp import Mlp
+from jmoe.dispatch import Implementation, Method
+from jmoe.nn.groups import from_groups, group_length, to_groups
+from jmoe.nn.mlp import ExpertMlp, Mlp
 from jmoe.nn.moe import MoEConfig, MoEMlp
-from jmoe.routing import TopK
+from jmoe.notation import Array, Float
+from jmoe.routing import Routing, TopK, decide
+from kernels_pallas import cases
+from kernels_pallas.cases import IMAGES_PER_GROUP, Case
+from kernels_pallas.timing import Work, compiled_times, default_dtype, medians, ratio
 
+# The small one is timed with more images, and with as many slots as tokens.
+CASES = cases.CASES | {"S/32": dataclasses.replace(cases.CASES["S/32"], images=32, capacity_factor=0.5)}
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class LayerCase:
-    """A sparse layer and the batch it is timed on.
-
-    Attributes:
-      name: of the network it is taken from.
-      width: D.
-      hidden_dim: F.
-      tokens: T, per image.
-      images: B.
-      num_experts: E.
-      k: K.
-      capacity_factor: slots over choices; k * capacity_factor = 1 gives as many slots as tokens.
-      dtype: of tokens and computation.
-    """
-
-    name: str
-    width: int
-    hidden_dim: int
-    tokens: int
-    images: int
-    num_experts: int = 8
-    k: int = 2
-    capacity_factor: float = 1.05
-    dtype: str = "float32"
-
-
-CASES = {
-    case.name: case
-    for case in (
-        LayerCase(name="S/32", width=512, hidden_dim=2048, tokens=50, images=32, capacity_factor=0.5),
-        LayerCase(name="B/16", width=768, hidden_dim=3072, tokens=197, images=8),
-        LayerCase(name="B/16-384", width=768, hidden_dim=3072, tokens=577, images=4),
-    )
-}
+Contender = Literal[Method, "published"]  # a method of dispatch, or `published_einsum`
+BY_MASKS = ("einsum", "published")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class LayerTimes:
-    """Medians over paired runs, forward and backward.
+    """How long layers take, forward and backward; medians over paired runs.
 
     Attributes:
-      case: what was timed.
-      dense_seconds: of one MLP over B * T * k * capacity_factor rows: the slots, before C is rounded up.
-      ratios: of each method to the dense MLP; medians of the ratios of runs that followed each other.
-      runs: how many of each.
+      case: the size.
+      dtype: of tokens and computation.
+      rows: how many rows the experts have, which is how many slots there are: E * G * C.
+      runs: how often each was timed.
+      seconds: by name: "dense" is one MLP over that many rows, "batched" the experts alone with their rows given, and
+        the others whole layers by method of dispatch, such as "gather", or "gather-xla" for a named implementation.
+      ratios: each of them to "dense"; medians of the ratios of runs that followed each other.
+      between: likewise "einsum/gather" and "gather/batched", and so for every method that is none of one-hot masks.
     """
 
-    case: LayerCase
-    dense_seconds: float
-    ratios: Mapping[str, float]
+    case: Case
+    dtype: str
+    rows: int
     runs: int
+    seconds: Mapping[str, float]
+    ratios: Mapping[str, float]
+    between: Mapping[str, float]
 
 
-def time_layer(case: LayerCase, methods: tuple[Method, ...] = ("gather", "einsum"), runs: int = 20) -> LayerTimes:
-    """Times value and gradient of the layer by each method, in turn with the dense MLP.
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class LayerMemory:
+    """What compiled layers need beside their arguments and results, forward and backward.
+
+    Attributes:
+      case: the size.
+      dtype: of tokens and computation.
+      rows: as in LayerTimes.
+      temp_bytes: by name as in LayerTimes, always with "einsum".
+      ratios: each of them to "einsum".
+    """
+
+    case: Case
+    dtype: str
+    rows: int
+    temp_bytes: Mapping[str, int]
+    ratios: Mapping[str, float]
+
+
+def time_layer(
+    case: Case,
+    methods: Sequence[Contender] = ("gather", "einsum"),
+    runs: int = 20,
+    *,
+    implementations: Sequence[Implementation | None] = (None,),
+    dtype: str | None = None,
+) -> LayerTimes:
+    """Times value and gradient of the layer by each method, in turn with a dense MLP and the experts alone.
 
     Args:
       case: the layer and its batch.
-      methods: of dispatch.
+      methods: of dispatch, or "published".
       runs: timed runs of each, after one that compiles and one that warms up.
-    """
-    D, dtype = case.width, jnp.dtype(case.dtype)
-    router = TopK(k=case.k, capacity_factor=case.capacity_factor)
-    configs = {
-        method: MoEConfig(
-            num_experts=case.num_experts,
-            hidden_dim=case.hidden_dim,
-            router=router,
-            method=method,
-            images_per_group=min(8, case.images),
-        )
-        for method in methods
-    }
-    x = jax.random.normal(jax.random.key(0), (case.images, case.tokens, D), dtype)
-    layers = {method: MoEMlp(config, D, dtype=dtype, rngs=nnx.Rngs(0)) for method, config in configs.items()}
-    slots = round(case.images * case.tokens * case.k * case.capacity_factor)
-    rows = jax.random.normal(jax.random.key(1), (slots, D), dtype)
+      implementations: of the methods that have them, as in `MoEConfig`.
+      dtype: of tokens and computation; None for float32 on CPU, bfloat16 elsewhere.
 
-    functions = {"dense": _gradient(Mlp(D, case.hidden_dim, dtype=dtype, rngs=nnx.Rngs(0)), rows, lambda y: y)}
-    functions |= {method: _gradient(layer, x, lambda output: output.y) for method, layer in layers.items()}
-    for function in functions.values():
-        function()
-        function()
-    times: dict[str, list[float]] = {name: [] for name in functions}
-    for _ in range(runs):
-        for name, function in functions.items():
-            start = time.perf_counter()
-            function()
-            times[name].append(time.perf_counter() - start)
+    Raises:
+      NotImplementedError: a named implementation cannot run here; it says why.
+    """
+    contest = _Contest(case, methods, implementations, dtype or default_dtype())
+    times = compiled_times(contest.works(contest.arguments()), runs=runs)
+    ours = [name for name, (method, _) in contest.layers.items() if method not in BY_MASKS]
+    masks = [name for name in contest.layers if name in BY_MASKS]
+    pairs = [(mask, name) for mask in masks for name in ours] + [(name, "batched") for name in ours]
     return LayerTimes(
         case=case,
-        dense_seconds=statistics.median(times["dense"]),
-        ratios={
-            method: statistics.median(t / dense for t, dense in zip(times[method], times["dense"], strict=True))
-            for method in methods
-        },
+        dtype=contest.dtype,
+        rows=contest.rows,
         runs=runs,
+        seconds=medians(times),
+        ratios={name: ratio(times, name, "dense") for name in times if name != "dense"},
+        between={f"{name}/{other}": ratio(times, name, other) for name, other in pairs},
     )
 
 
-def _gradient(module: nnx.Module, x: jax.Array, output: Callable[[Any], jax.Array]) -> Callable[[], Any]:
-    """A function without arguments that computes value and gradient of a module, and waits for them."""
-    graph, state = nnx.split(module)
+def layer_memory(
+    case: Case,
+    methods: Sequence[Contender] = ("gather", "einsum"),
+    *,
+    implementations: Sequence[Implementation | None] = (None,),
+    dtype: str | None = None,
+) -> LayerMemory:
+    """Asks the compiler for the temporary memory of what `time_layer` times, and runs nothing.
 
-    @jax.jit
-    @jax.value_and_grad
-    def compiled(arguments: tuple[Any, jax.Array]) -> jax.Array:
-        state, x = arguments
-        # A sum of squares, so that the gradient that comes in is an array like any other.
-        return jnp.sum(jnp.square(output(nnx.merge(graph, state)(x)).astype(jnp.float32)))
+    Args:
+      case: the layer and its batch.
+      methods: of dispatch, or "published"; "einsum" is compiled as well.
+      implementations: of the methods that have them, as in `MoEConfig`.
+      dtype: of tokens and computation; None for float32 on CPU, bfloat16 elsewhere.
 
-    return lambda: jax.block_until_ready(compiled((state, x)))
+    Raises:
+      NotImplementedError: a named implementation cannot run here; it says why.
+    """
+    methods = [*methods, *(() if "einsum" in methods else ("einsum",))]
+    contest = _Contest(case, methods, implementations, dtype or default_dtype())
+    temp_bytes = {}
+    for name, (function, arguments) in contest.works(jax.eval_shape(contest.arguments)).items():
+        analysis = jax.jit(function).lower(*arguments).compile().memory_analysis()
+        assert analysis is not None  # every backend that is supported has one
+        temp_bytes[name] = int(analysis.temp_size_in_bytes)
+    return LayerMemory(
+        case=case,
+        dtype=contest.dtype,
+        rows=contest.rows,
+        temp_bytes=temp_bytes,
+        ratios={name: size / temp_bytes["einsum"] for name, size in temp_bytes.items() if name != "einsum"},
+    )
+
+
+def published_einsum(layer: MoEMlp, x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
+    """The layer as google-research/vmoe formulates dispatch and combine: a baseline, for token choice without padding.
+
+    It computes what method "einsum" does. That one multiplies one-hot matrices of experts and of slots, for a token may
+    name an expert twice, and dispatches in float32, by a mask that may hold any weights. Here a token names an expert
+    once, so that the mask is a comparison, of booleans, and it dispatches in the dtype of the tokens.
+    """
+    B, T, _ = x.shape
+    tokens, _ = to_groups(x, None, group_length(B, T, group_size=None, images_per_group=layer.config.images_per_group))
+    gating = layer.gate(tokens)
+    routing = decide(layer.config.router, gating)
+    assert isinstance(routing, Routing)
+    assert routing.choices is not None  # tokens choose
+    G, S, E, C, K = *gating.gates.shape, routing.capacity, routing.choices
+    chosen = jax.nn.one_hot(routing.expert.reshape(G, S, K), E, dtype=jnp.bool_)
+    slot = jnp.max(jnp.where(chosen, routing.slot.reshape(G, S, K, 1), -1), axis=2)  # [G, S, E], -1 for none
+    mask = jax.nn.one_hot(slot, C, dtype=jnp.bool_)  # [G, S, E, C]
+    weights = jnp.einsum("GSE,GSEC->GSEC", gating.gates, mask)
+    rows = jnp.einsum("GSEC,GSD->GECD", mask, tokens).swapaxes(0, 1)
+    outputs = layer.experts(rows.reshape(E, G * C, -1)).reshape(rows.shape).swapaxes(0, 1)
+    return from_groups(jnp.einsum("GSEC,GECD->GSD", weights, outputs), B, T).astype(x.dtype)
+
+
+class _Contest:
+    """The layers of a case, as functions of their parameters and tokens."""
+
+    def __init__(
+        self,
+        case: Case,
+        methods: Sequence[Contender],
+        implementations: Sequence[Implementation | None],
+        dtype: str,
+    ):
+        self.case, self.dtype = case, dtype
+        self.layers: dict[str, tuple[Contender, Implementation | None]] = {}
+        for method in methods:
+            for implementation in implementations if method not in BY_MASKS else (None,):
+                name = method if implementation is None else f"{method}-{implementation}"
+                self.layers[name] = (method, implementation)
+        decision = jax.eval_shape(lambda: self._layer()(self._tokens()).decision)
+        assert isinstance(decision, Routing)
+        self.rows = decision.num_experts * decision.token.shape[0] * decision.capacity
+
+    def arguments(self) -> dict[str, Any]:
+        """Parameters and rows by name. All layers have the same, so that there need be only one set of them."""
+        D, E = self.case.width, self.case.num_experts
+        rows = jax.random.normal(jax.random.key(1), (self.rows, D), self.dtype)
+        layer = self._layer()
+        return {
+            "layer": jax.tree.leaves(nnx.state(layer)),
+            "experts": jax.tree.leaves(nnx.state(layer.experts)),
+            "dense": jax.tree.leaves(nnx.state(self._dense())),
+            "tokens": self._tokens(),
+            "rows": rows,
+            "batched": rows.reshape(E, self.rows // E, D),
+        }
+
+    def works(self, arguments: Mapping[str, Any]) -> dict[str, Work]:
+        """Value and gradient of every layer; arguments may be shapes."""
+
+        def work(make: Callable[[], nnx.Module], parameters: str, x: str, call: Callable[[Any, Array], Array]) -> Work:
+            return _gradient(make, call), (arguments[parameters], arguments[x])
+
+        works = {"dense": work(self._dense, "dense", "rows", lambda mlp, x: mlp(x))}
+        for name, (method, implementation) in self.layers.items():
+            if method == "published":
+                works[name] = work(self._layer, "layer", "tokens", published_einsum)
+            else:
+                make = functools.partial(self._layer, method, implementation)
+                works[name] = work(make, "layer", "tokens", lambda layer, x: layer(x).y)
+        return works | {"batched": work(self._experts, "experts", "batched", lambda experts, x: experts(x))}
+
+    def _layer(self, method: Method = "gather", implementation: Implementation | None = None) -> MoEMlp:
+        case = self.case
+        config = MoEConfig(
+            num_experts=case.num_experts,
+            hidden_dim=case.hidden_dim,
+            router=TopK(k=case.k, capacity_factor=case.capacity_factor),
+            method=method,
+            implementation=implementation,
+            images_per_group=min(IMAGES_PER_GROUP, case.images),
+        )
+        return MoEMlp(config, case.width, dtype=jnp.dtype(self.dtype), rngs=nnx.Rngs(0))
+
+    def _experts(self) -> ExpertMlp:
+        return self._layer().experts
+
+    def _dense(self) -> Mlp:
+        return Mlp(self.case.width, self.case.hidden_dim, dtype=jnp.dtype(self.dtype), rngs=nnx.Rngs(0))
+
+    def _tokens(self) -> Array:
+        return jax.random.normal(jax.random.key(0), (self.case.images, self.case.tokens, self.case.width), self.dtype)
+
+
+def _gradient(make: Callable[[], nnx.Module], call: Callable[[Any, Array], Array]) -> Callable[..., Any]:
+    """A function of a module's parameters and x that computes the value and gradient, in both, of what it makes of x.
+
+    Parameters are a plain list: taking a module apart for every call would take a part of the time.
+    """
+    graph, state = nnx.split(nnx.eval_shape(make))
+    structure = jax.tree.structure(state)
+
+    def function(parameters: list[Array], x: Array) -> Any:
+        def loss(arguments: tuple[list[Array], Array]) -> Array:
+            parameters, x = arguments
+            module = nnx.merge(graph, jax.tree.unflatten(structure, parameters))
+            # A sum of squares, so that the gradient that comes in is an array like any other.
+            return jnp.sum(jnp.square(call(module, x)).astype(jnp.float32))
+
+        return jax.value_and_grad(loss)((parameters, x))
+
+    return function
