@@ -38,7 +38,7 @@ def test_what_is_named_is_timed_in_the_dtype_that_is_named():
     assert list(times.ratios["both"]) == ["reference", "xla"]
 
 
-@pytest.mark.parametrize("op", ["gather_rows", "combine_rows"])
+@pytest.mark.parametrize("op", kernels_pallas.OPS)
 def test_a_named_implementation_that_cannot_run_here_is_an_error(op):
     with pytest.raises(NotImplementedError, match="cannot run as 'pallas' here: Pallas kernels are for TPU and CUDA"):
         benchmark(op, TINY, ["pallas"], runs=1)
