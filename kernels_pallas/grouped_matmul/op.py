@@ -15,7 +15,7 @@ from kernels_pallas.indexing import check_index_pair
 from kernels_pallas.per_platform import PerPlatform, check_name
 from kernels_pallas.rows import gather_sum
 
-KERNELS = {"tpu": "kernels_pallas.grouped_matmul.tpu"}
+KERNELS = {"tpu": "kernels_pallas.grouped_matmul.tpu", "gpu": "kernels_pallas.grouped_matmul.gpu"}
 PREFERRED = ()
 
 _matmul = PerPlatform("grouped_matmul", xla=xla.grouped_matmul, kernels=KERNELS, preferred=PREFERRED)

@@ -8,7 +8,7 @@ import pytest
 from kernels_pallas import combine_rows, gather_rows
 from kernels_pallas.rows import gather_dot, gather_sum, gpu
 from tests.aot import WIDTHS
-from tests.kernels_pallas.cuda import kernels, lowered_for_cuda
+from tests.kernels_pallas.cuda import triton_kernels
 from tests.kernels_pallas.index_pairs import index_pair
 from tests.tolerance import tolerance
 
@@ -202,10 +202,11 @@ def test_the_ops_lower_for_cuda_at_published_widths(width, dtype):
             )
             return back(dispatched), back_y(combined)
 
-        return kernels(lowered_for_cuda(gradients, x, y, slots, weights, choice))
+        return triton_kernels(gradients, x, y, slots, weights, choice)
 
     assert sorted(both("pallas")) == ["jmoe_gather_dot"] + 3 * ["jmoe_gather_sum"]
-    assert both(None) == []  # XLA's gathers are the default until a GPU has shown which is faster
+    if width == WIDTHS[0]:
+        assert both(None) == []  # XLA's gathers are the default until a GPU has shown which is faster
 
 
 def test_sums_of_many_rows_lower_for_cuda():
@@ -215,4 +216,4 @@ def test_sums_of_many_rows_lower_for_cuda():
         shape((7, gpu.UNROLL + 1), jnp.int32),
         shape((7, gpu.UNROLL + 1), jnp.float32),
     )
-    assert kernels(lowered_for_cuda(lambda *a: gather_sum(*a, implementation="pallas"), *arrays)) == ["jmoe_gather_sum"]
+    assert triton_kernels(lambda *a: gather_sum(*a, implementation="pallas"), *arrays) == ["jmoe_gather_sum"]
