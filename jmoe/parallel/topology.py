@@ -3,8 +3,13 @@
 import functools
 import importlib.util
 import os
+import warnings
+from collections.abc import Callable
+from typing import Any
 
 import jax
+import numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from jmoe.errors import UserError
 
@@ -17,6 +22,7 @@ ENVIRONMENT = {
     "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",  # other processes may compile at the same time
 }
 GENERATIONS = ("v4", "v5e", "v5p", "v6e")
+ONE_CHIP = {"v4": "v4:2x2x1", "v5e": "v5e:1x1", "v5p": "v5p:2x2x1", "v6e": "v6e:1x1"}  # the smallest slice of each
 
 
 @functools.cache
@@ -54,3 +60,24 @@ def topology_devices(topology: str) -> tuple[jax.Device, ...]:
             f"libtpu refuses the topology {topology!r}: {reason} Hosts have 2x2 chips, so that v5e:2x2, v5e:4x4 or "
             "v5p:2x2x1 exist."
         ) from None
+
+
+def compile_for_chip(generation: str, function: Callable[..., Any], *shapes: Any) -> jax.stages.Compiled:
+    """Compiles a function for one TPU chip that is not there.
+
+    Args:
+      generation: "v4", "v5e", "v5p" or "v6e".
+      function: of arrays, or trees of them.
+      shapes: its arguments, as `jax.ShapeDtypeStruct`s.
+
+    Raises:
+      UserError: libtpu is not installed, or there is no such generation.
+    """
+    if generation not in ONE_CHIP:
+        raise UserError(f"There is no TPU generation {generation!r} to compile for; use one of {', '.join(ONE_CHIP)}.")
+    mesh = Mesh(np.array(topology_devices(ONE_CHIP[generation])[:1]), ("chip",))
+    shardings = jax.tree.map(lambda _: NamedSharding(mesh, PartitionSpec()), shapes)
+    with warnings.catch_warnings(), jax.set_mesh(mesh):  # kernels see the chip by the mesh
+        # Such programs are written to the cache of compiled programs, but cannot be read from it.
+        warnings.filterwarnings("ignore", "Error reading persistent compilation cache entry")
+        return jax.jit(function, in_shardings=shardings).lower(*shapes).compile()

@@ -1,0 +1,49 @@
+import importlib.util
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from jmoe.errors import UserError
+from jmoe.parallel import compile_for_chip, topology_devices
+from jmoe.parallel.topology import ONE_CHIP
+
+
+@pytest.mark.parametrize(("topology", "chips"), [("v5e:4x4", 16), ("v5p:2x2x2", 8), ("v4:2x2x1", 4), ("v6e:1x1", 1)])
+def test_a_topology_has_its_chips(topology, chips):
+    devices = topology_devices(topology)
+    assert len(devices) == chips
+    assert {device.platform for device in devices} == {"tpu"}
+
+
+@pytest.mark.parametrize(
+    ("topology", "sentence"),
+    [
+        ("v5e", "There is no TPU topology 'v5e'; use one of v4, v5e, v5p, v6e with the chips in each direction"),
+        ("h100:8", "There is no TPU topology 'h100:8'; use one of"),
+        ("v5e:3x3", "libtpu refuses the topology 'v5e:3x3': .* Hosts have 2x2 chips"),
+    ],
+)
+def test_one_that_does_not_exist_is_refused(topology, sentence):
+    with pytest.raises(UserError, match=sentence):
+        topology_devices(topology)
+
+
+def test_without_libtpu_it_says_what_to_install(monkeypatch):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(UserError, match=r"needs its compiler, libtpu: pip install 'jmoe\[plan\]'\."):
+        topology_devices.__wrapped__("v5e:2x2")
+
+
+@pytest.mark.parametrize("generation", ONE_CHIP)
+def test_a_program_compiles_for_one_chip(generation):
+    x = jax.ShapeDtypeStruct((128, 256), jnp.bfloat16)
+    compiled = compile_for_chip(generation, lambda x: x @ x.T, x)
+    assert compiled.cost_analysis()["flops"] == 2 * 128 * 128 * 256
+
+
+def test_an_unknown_generation_is_refused():
+    with pytest.raises(
+        UserError, match=r"There is no TPU generation 'v3' to compile for; use one of v4, v5e, v5p, v6e"
+    ):
+        compile_for_chip("v3", lambda x: x, jax.ShapeDtypeStruct((8, 128), jnp.float32))
