@@ -20,6 +20,7 @@ def triton_kernels(function, *shapes) -> list[str]:
         # JAX 0.12 announces that Pallas' Triton backend will leave it some day.
         warnings.filterwarnings("ignore", "The Pallas Triton backend is deprecated", DeprecationWarning)
         program = jax.jit(function).trace(*shapes).lower(lowering_platforms=("cuda",)).compiler_ir()
+    assert program is not None
     names = []
     for operation in _operations(program.operation):
         attributes = operation.attributes
