@@ -13,8 +13,9 @@ def grouped_matmul(x, w, group_sizes, index=None, bias=None, activation=None):
     ends = jnp.cumsum(group_sizes)[None]
     row = jnp.arange(x.shape[0])[:, None]
     owned = (row < ends) & (row >= ends - group_sizes[None])  # [m, e]
+    x = jnp.where(jnp.any(owned, axis=1, keepdims=True), x, 0)  # rows of no group may hold anything
     every = jnp.einsum("mk,ekn->men", x.astype(jnp.float32), w.astype(jnp.float32), precision="highest")
     if bias is not None:
         every = every + bias.astype(jnp.float32)[None]
-    kept = jnp.einsum("men,me->mn", ACTIVATIONS[activation](every), owned.astype(jnp.float32), precision="highest")
-    return kept.astype(w.dtype)
+    kept = jnp.where(owned[:, :, None], ACTIVATIONS[activation](every), 0)
+    return jnp.sum(kept, axis=1).astype(w.dtype)

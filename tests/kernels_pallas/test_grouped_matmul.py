@@ -6,7 +6,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from kernels_pallas import grouped_matmul, implementations, per_platform
+from kernels_pallas import gather_rows, grouped_matmul, implementations, per_platform
+from tests.kernels_pallas.grouped import ACTIVATIONS, expected
+from tests.kernels_pallas.index_pairs import index_pair
 from tests.tolerance import tolerance
 
 M, K, N = 13, 5, 3  # rows, contracted, columns
@@ -15,6 +17,8 @@ GROUPS = {
     "an empty group": (4, 0, 6),
     "empty first and last": (0, 9, 0),
     "rows beyond the last group": (2, 3, 1),
+    "sizes beyond the last row": (5, 6, 4),
+    "a group beyond the last row": (14, 3),
     "one group": (13,),
     "one group of some rows": (5,),
     "nobody has rows": (0, 0),
@@ -24,15 +28,31 @@ every_implementation = pytest.mark.parametrize("implementation", implementations
 every_dtype = pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16], ids=["float32", "bfloat16"])
 
 
-@functools.partial(jax.jit, static_argnums=0)
-def values_and_gradients(implementation, x, w, group_sizes, dout):
-    out, back = jax.vjp(lambda x, w: grouped_matmul(x, w, group_sizes, implementation=implementation), x, w)
-    return out, *back(dout)
+@functools.partial(jax.jit, static_argnums=0, static_argnames="activation")
+def values_and_gradients(implementation, x, w, group_sizes, dout, bias=None, rows=None, activation=None):
+    """The result, and the gradients for x, w and, if there is one, bias."""
+
+    def call(x, w, bias):
+        return grouped_matmul(
+            x, w, group_sizes, rows=rows, bias=bias, activation=activation, implementation=implementation
+        )
+
+    out, back = jax.vjp(call, x, w, bias)
+    dx, dw, dbias = back(dout)
+    return (out, dx, dw) if bias is None else (out, dx, dw, dbias)
 
 
 def random_case(seed, groups, dtype, rows=M):
+    """Rows, matrices and a gradient, of which sums are of the order of 1, as in a trained layer."""
     rng = np.random.default_rng(seed)
-    return tuple(jnp.asarray(rng.normal(size=s), dtype) for s in ((rows, K), (groups, K, N), (rows, N)))
+    shapes = ((rows, K), (groups, K, N), (rows, N))
+    return tuple(jnp.asarray(rng.normal(size=s) / np.sqrt(K), dtype) for s in shapes)
+
+
+def assert_equal(actual, oracle, dtype):
+    for a, b in zip(actual, oracle, strict=False):
+        assert a.dtype == dtype
+        np.testing.assert_allclose(np.asarray(a, np.float64), b, **tolerance(dtype, np.abs(b).max(initial=0)))
 
 
 @every_implementation
@@ -40,22 +60,60 @@ def random_case(seed, groups, dtype, rows=M):
 @pytest.mark.parametrize("sizes", GROUPS.values(), ids=GROUPS)
 def test_each_row_meets_the_matrix_of_its_group(implementation, sizes, dtype):
     x, w, dout = random_case(0, len(sizes), dtype)
-    out, dx, dw = values_and_gradients(implementation, x, w, jnp.asarray(sizes, jnp.int32), dout)
+    actual = values_and_gradients(implementation, x, w, jnp.asarray(sizes, jnp.int32), dout)
+    assert_equal(actual, expected(x, w, sizes, dout), dtype)
+    assert not actual[0][sum(sizes) :].any()
+    assert not actual[1][sum(sizes) :].any()
 
-    x64, w64, dout64 = (np.asarray(a, np.float64) for a in (x, w, dout))
-    expected, expected_dx, expected_dw = np.zeros((M, N)), np.zeros((M, K)), np.zeros((len(sizes), K, N))
-    row = 0
-    for group, size in enumerate(sizes):
-        for _ in range(size):
-            expected[row] = x64[row] @ w64[group]
-            expected_dx[row] = w64[group] @ dout64[row]
-            expected_dw[group] += np.outer(x64[row], dout64[row])
-            row += 1
-    assert out.dtype == dx.dtype == dw.dtype == dtype
-    for actual, oracle in ((out, expected), (dx, expected_dx), (dw, expected_dw)):
-        np.testing.assert_allclose(np.asarray(actual, np.float64), oracle, **tolerance(dtype, np.abs(oracle).max()))
-    assert not out[sum(sizes) :].any()
-    assert not dx[sum(sizes) :].any()
+
+@every_implementation
+@every_dtype
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_a_bias_is_added_and_an_activation_applied_to_rows_that_have_a_group(implementation, dtype, activation):
+    sizes = GROUPS["rows beyond the last group"]
+    x, w, dout = random_case(0, len(sizes), dtype)
+    bias = jnp.asarray(np.random.default_rng(1).normal(size=(len(sizes), N)), dtype)
+    actual = values_and_gradients(
+        implementation, x, w, jnp.asarray(sizes, jnp.int32), dout, bias=bias, activation=activation
+    )
+    assert_equal(actual, expected(x, w, sizes, dout, bias=bias, activation=activation), dtype)
+    assert not actual[0][sum(sizes) :].any()
+    assert not actual[1][sum(sizes) :].any()
+
+
+@every_implementation
+@every_dtype
+def test_rows_of_an_index_pair_are_multiplied_as_if_they_had_been_gathered(implementation, dtype):
+    tokens, choices, sizes = 7, 2, GROUPS["rows beyond the last group"]
+    slots, choice = index_pair(0, tokens, choices, M)
+    x = random_case(2, 1, dtype, rows=tokens)[0]
+    _, w, dout = random_case(0, len(sizes), dtype)
+    bias = jnp.asarray(np.random.default_rng(1).normal(size=(len(sizes), N)), dtype)
+    actual = values_and_gradients(
+        implementation, x, w, jnp.asarray(sizes, jnp.int32), dout, bias=bias, rows=(slots, choice), activation="gelu"
+    )
+    oracle = expected(x, w, sizes, dout, index=choice // choices, bias=bias, activation="gelu")
+    inside = (choice[: sum(sizes)] >= 0) & (choice[: sum(sizes)] < tokens * choices)
+    assert inside.any()
+    assert not inside.all()
+    assert_equal(actual, oracle, dtype)
+
+    written = gather_rows(x, jnp.asarray(slots), jnp.asarray(choice))
+    separately = values_and_gradients(
+        implementation, written, w, jnp.asarray(sizes, jnp.int32), dout, bias=bias, activation="gelu"
+    )
+    assert_equal((actual[0], *actual[2:]), [np.asarray(a, np.float64) for a in (separately[0], *separately[2:])], dtype)
+
+
+@every_implementation
+def test_rows_of_no_group_may_hold_anything(implementation):
+    sizes = jnp.array([4, 3])
+    x, w, dout = random_case(0, 2, jnp.float32)
+    clean = values_and_gradients(implementation, x, w, sizes, dout)
+    x, dout = (a.at[7:].set(jnp.finfo(jnp.float32).max) for a in (x, dout))
+    for a, b in zip(values_and_gradients(implementation, x, w, sizes, dout), clean, strict=True):
+        np.testing.assert_array_equal(a[:7], b[:7])
+        assert not a[7:].any()
 
 
 @every_implementation
@@ -74,8 +132,8 @@ def test_vmap_gives_the_same(implementation):
     call = functools.partial(values_and_gradients, implementation)
     mapped = jax.vmap(call)(x, w, sizes, dout)
     for i in range(2):
-        for actual, expected in zip(mapped, call(x[i], w[i], sizes[i], dout[i]), strict=True):
-            np.testing.assert_allclose(actual[i], expected, **tolerance(jnp.float32, np.abs(expected).max()))
+        for actual, alone in zip(mapped, call(x[i], w[i], sizes[i], dout[i]), strict=True):
+            np.testing.assert_allclose(actual[i], alone, **tolerance(jnp.float32, np.abs(alone).max()))
 
 
 @pytest.mark.usefixtures("untyped")
@@ -98,6 +156,26 @@ def test_vmap_gives_the_same(implementation):
             r"grouped_matmul wants x and w of one dtype; it got float32 and bfloat16\.",
         ),
         ({"group_sizes": jnp.ones(3)}, ValueError, r"grouped_matmul wants integers in group_sizes; it got float32\."),
+        (
+            {"bias": jnp.ones((2, 3))},
+            ValueError,
+            r"grouped_matmul wants bias \[e, n\], \(3, 2\); it got \(2, 3\)\.",
+        ),
+        (
+            {"bias": jnp.ones((3, 2), jnp.bfloat16)},
+            ValueError,
+            r"grouped_matmul wants x, w and bias of one dtype; it got float32, float32 and bfloat16\.",
+        ),
+        (
+            {"activation": "tanh"},
+            ValueError,
+            r"grouped_matmul has no activation 'tanh'; use one of 'gelu', 'relu', 'silu', or None\.",
+        ),
+        (
+            {"rows": (jnp.zeros((12, 1), jnp.int32), jnp.zeros(7, jnp.int32))},
+            ValueError,
+            r"grouped_matmul wants one row of slots for each of the 13 tokens; slots has shape \(12, 1\)\.",
+        ),
         (
             {"implementation": "triton"},
             NotImplementedError,
