@@ -9,8 +9,13 @@ from jax.core import ShapedArray
 
 def like_inputs(result: Any, inputs: Sequence[ShapedArray]) -> ShapedArray:
     """The abstract value of a result; inside `jax.shard_map` it varies over the mesh axes that an input varies over."""
-    varying = frozenset().union(*(getattr(aval, "vma", frozenset()) for aval in inputs))
-    return ShapedArray(result.shape, result.dtype, **({"vma": varying} if varying else {}))
+    kinds = [aval.manual_axis_type for aval in inputs]
+    varying = frozenset().union(*(kind.varying for kind in kinds))
+    if not varying:
+        return ShapedArray(result.shape, result.dtype)
+    sharding = jax.sharding.NamedSharding(inputs[0].sharding.mesh, jax.sharding.PartitionSpec(*[None] * result.ndim))
+    kind = type(kinds[0])(varying=varying)
+    return ShapedArray(result.shape, result.dtype, sharding=sharding, manual_axis_type=kind)
 
 
 def target_device() -> Any:

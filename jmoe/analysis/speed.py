@@ -1,4 +1,4 @@
-"""How fast the sparse layer is on the machine at hand, and how much memory it takes, beside simpler layers."""
+"""How fast the sparse layer is and how much memory it takes, beside simpler layers: here, or compiled for a TPU."""
 
 import dataclasses
 import functools
@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from jmoe.analysis.bound import CHIPS, Bound, bound
 from jmoe.dispatch import Implementation, Method
 from jmoe.nn.groups import from_groups, group_length, to_groups
 from jmoe.nn.mlp import ExpertMlp, Mlp
@@ -69,6 +70,31 @@ class LayerMemory:
     ratios: Mapping[str, float]
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class LayerBounds:
+    """What the compiler for a TPU chip says of layers, forward and backward. Nothing was run.
+
+    Attributes:
+      case: the size.
+      chip: the generation.
+      dtype: of tokens and computation; parameters are float32.
+      rows: as in LayerTimes.
+      bounds: by name as in LayerTimes, the least time that one chip needs.
+      temp_bytes: likewise, the memory beside arguments and results.
+      ratios: of the bounds to that of "dense".
+      between: as in LayerTimes.
+    """
+
+    case: Case
+    chip: str
+    dtype: str
+    rows: int
+    bounds: Mapping[str, Bound]
+    temp_bytes: Mapping[str, int]
+    ratios: Mapping[str, float]
+    between: Mapping[str, float]
+
+
 def time_layer(
     case: Case,
     methods: Sequence[Contender] = ("gather", "einsum"),
@@ -91,9 +117,6 @@ def time_layer(
     """
     contest = _Contest(case, methods, implementations, dtype or default_dtype())
     times = compiled_times(contest.works(contest.arguments()), runs=runs)
-    ours = [name for name, (method, _) in contest.layers.items() if method not in BY_MASKS]
-    masks = [name for name in contest.layers if name in BY_MASKS]
-    pairs = [(mask, name) for mask in masks for name in ours] + [(name, "batched") for name in ours]
     return LayerTimes(
         case=case,
         dtype=contest.dtype,
@@ -101,7 +124,45 @@ def time_layer(
         runs=runs,
         seconds=medians(times),
         ratios={name: ratio(times, name, "dense") for name in times if name != "dense"},
-        between={f"{name}/{other}": ratio(times, name, other) for name, other in pairs},
+        between={f"{name}/{other}": ratio(times, name, other) for name, other in contest.pairs()},
+    )
+
+
+def layer_bounds(
+    case: Case,
+    methods: Sequence[Contender] = ("gather", "einsum"),
+    *,
+    chip: str,
+    compile_for: Callable[..., jax.stages.Compiled],
+    implementations: Sequence[Implementation | None] = (None,),
+    dtype: str = "bfloat16",
+) -> LayerBounds:
+    """Compiles what `time_layer` times for one TPU chip, and reads off how long it takes at least.
+
+    Args:
+      case: the layer and its batch.
+      methods: of dispatch, or "published".
+      chip: "v4", "v5e", "v5p" or "v6e".
+      compile_for: `jmoe.parallel.compile_for_chip`, called as compile_for(chip, function, *shapes).
+      implementations: of the methods that have them, as in `MoEConfig`.
+      dtype: of tokens and computation.
+    """
+    contest = _Contest(case, methods, implementations, dtype)
+    bounds, temp_bytes = {}, {}
+    for name, (function, shapes) in contest.works(jax.eval_shape(contest.arguments)).items():
+        compiled = compile_for(chip, function, *shapes)
+        bounds[name] = bound(compiled.as_text() or "", CHIPS[chip])
+        temp_bytes[name] = _temp_bytes(compiled)
+    seconds = {name: one.seconds for name, one in bounds.items()}
+    return LayerBounds(
+        case=case,
+        chip=chip,
+        dtype=dtype,
+        rows=contest.rows,
+        bounds=bounds,
+        temp_bytes=temp_bytes,
+        ratios={name: value / seconds["dense"] for name, value in seconds.items() if name != "dense"},
+        between={f"{name}/{other}": seconds[name] / seconds[other] for name, other in contest.pairs()},
     )
 
 
@@ -127,9 +188,7 @@ def layer_memory(
     contest = _Contest(case, methods, implementations, dtype or default_dtype())
     temp_bytes = {}
     for name, (function, arguments) in contest.works(jax.eval_shape(contest.arguments)).items():
-        analysis = jax.jit(function).lower(*arguments).compile().memory_analysis()
-        assert analysis is not None  # every backend that is supported has one
-        temp_bytes[name] = int(analysis.temp_size_in_bytes)
+        temp_bytes[name] = _temp_bytes(jax.jit(function).lower(*arguments).compile())
     return LayerMemory(
         case=case,
         dtype=contest.dtype,
@@ -182,6 +241,12 @@ class _Contest:
         assert isinstance(decision, Routing)
         self.rows = decision.num_experts * decision.token.shape[0] * decision.capacity
 
+    def pairs(self) -> list[tuple[str, str]]:
+        """What is compared: methods of one-hot masks with all others, and those with the experts alone."""
+        ours = [name for name, (method, _) in self.layers.items() if method not in BY_MASKS]
+        masks = [name for name in self.layers if name in BY_MASKS]
+        return [(mask, name) for mask in masks for name in ours] + [(name, "batched") for name in ours]
+
     def arguments(self) -> dict[str, Any]:
         """Parameters and rows by name. All layers have the same, so that there need be only one set of them."""
         D, E = self.case.width, self.case.num_experts
@@ -231,6 +296,12 @@ class _Contest:
 
     def _tokens(self) -> Array:
         return jax.random.normal(jax.random.key(0), (self.case.images, self.case.tokens, self.case.width), self.dtype)
+
+
+def _temp_bytes(compiled: jax.stages.Compiled) -> int:
+    analysis = compiled.memory_analysis()
+    assert analysis is not None  # every backend that is supported has one
+    return int(analysis.temp_size_in_bytes)
 
 
 def _gradient(make: Callable[[], nnx.Module], call: Callable[[Any, Array], Array]) -> Callable[..., Any]:

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:  # nothing heavy is imported before a command runs
-    from jmoe.analysis.speed import LayerMemory, LayerTimes
+    from jmoe.analysis.speed import LayerBounds, LayerMemory, LayerTimes
     from kernels_pallas.cases import Case
     from kernels_pallas.timing import OpTimes
 
@@ -44,6 +44,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--memory",
         action="store_true",
         help="run nothing: the temporary memory that the compiler wants for each, and its ratio to einsum's",
+    )
+    layer.add_argument(
+        "--chip",
+        metavar="NAME",
+        help="run nothing: the least time on one chip of v4, v5e, v5p or v6e, as the compiler for TPUs counts it",
     )
     kernels = what.add_parser("kernels", help=KERNELS, description=KERNELS, allow_abbrev=False)
     kernels.add_argument("--op", metavar="NAME", action="append", help="such as gather_rows; all if left out")
@@ -92,7 +97,11 @@ def run_layer(args: argparse.Namespace) -> int:
         raise UserError(f"--implementation is for gather and ragged; {' and '.join(methods)} has no other than xla.")
     if args.memory and args.runs is not None:
         raise UserError("--memory runs nothing, so that it takes no --runs.")
+    if args.chip and (args.runs is not None or args.memory):
+        raise UserError("--chip runs nothing and shows the memory as well: it takes neither --runs nor --memory.")
     cases = _cases(args, speed.CASES, LAYER_CASES)
+    if args.chip:
+        return _print_bounds(args, cases, methods)
     options = {"implementations": args.implementation or [None], "dtype": args.dtype}
     if args.memory:
         heading = "temporary memory in MiB, forward and backward, and its ratio to einsum's"
@@ -125,6 +134,31 @@ def run_kernels(args: argparse.Namespace) -> int:
     names = args.implementation or list(dict.fromkeys(n for op in ops for n in here[op] if n != "reference"))
     heading = f"medians of {runs} paired runs, forward and ('+') with gradients, as ratios to the bound"
     return _print(args, times, lambda result: kernel_cells(result, names), heading)
+
+
+def _print_bounds(args: argparse.Namespace, cases: "Sequence[Case]", methods: "Sequence[Any]") -> int:
+    from jmoe.analysis import speed
+    from jmoe.analysis.bound import CHIPS
+    from jmoe.parallel import compile_for_chip
+
+    _check("chip", [args.chip], CHIPS)
+    options = {"implementations": args.implementation or [None], "dtype": args.dtype or "bfloat16"}
+    results = (
+        speed.layer_bounds(case, methods, chip=args.chip, compile_for=compile_for_chip, **options) for case in cases
+    )
+    heading = (
+        "compiled, not run: the compiler's least time, forward and backward, as ratios to a dense MLP of as many rows, "
+        "and temporary memory"
+    )
+    return _print(args, results, bound_cells, heading)
+
+
+def bound_cells(result: "LayerBounds") -> dict[str, str]:
+    """One line of the table of bounds, by column."""
+    ratios = {name: f"{value:.2f}" for name, value in {**result.ratios, **result.between}.items()}
+    mib = {f"{name} MiB": f"{size / 2**20:.1f}" for name, size in result.temp_bytes.items()}
+    seconds = {"dense us": f"{1e6 * result.bounds['dense'].seconds:.0f}"}
+    return _case_cells(result.case) | {"rows": str(result.rows)} | seconds | ratios | mib
 
 
 def layer_cells(result: "LayerTimes") -> dict[str, str]:
@@ -204,7 +238,7 @@ def _print(
             if not args.json:
                 line = cells(result)
                 if not done:
-                    print(f"{heading}; {result.dtype} on {machine()['device_kind']}")
+                    print(f"{heading}; {result.dtype} on {getattr(args, 'chip', None) or machine()['device_kind']}")
                     print(_line({name: name for name in line}))
                 print(_line(line), flush=True)
                 notes |= dict.fromkeys(_notes(result, STARTING))

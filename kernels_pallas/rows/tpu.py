@@ -78,13 +78,10 @@ def gather_sum(x, index, weights=None, *, interpret: bool = False, config: TileC
         specs.append(call.block_of_vectors(k))
 
     def finish(read, weight_refs, out_refs):
-        total = None
-        for j in range(k):
-            row = read(j)
-            if weight_refs:
-                row = row * weight_refs[0][0, j][:, None]
-            total = row if total is None else total + row
-        out_refs[0][...] = total.astype(out_refs[0].dtype)
+        rows = [read(j) for j in range(k)]
+        if weight_refs:
+            rows = [row * weight_refs[0][0, j][:, None] for j, row in enumerate(rows)]
+        out_refs[0][...] = sum(rows[1:], rows[0]).astype(out_refs[0].dtype)
 
     flops = m * call.d * (2 * k if weights is not None else k - 1)
     out = call(finish, index, operands, specs, flops, name="jmoe_gather_sum", interpret=interpret)

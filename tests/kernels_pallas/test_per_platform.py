@@ -114,7 +114,13 @@ def test_under_vmap_a_kernel_runs_for_one_after_the_other_and_xla_at_once(double
 def test_in_a_shard_map_it_varies_as_its_inputs_do(doubled):
     mesh = jax.sharding.Mesh(np.array(jax.devices()[:1]), ("x",))
     spec = jax.sharding.PartitionSpec("x")
-    run = jax.shard_map(lambda x: doubled(x)[0], mesh=mesh, in_specs=spec, out_specs=spec)
+
+    def body(x):
+        (y,) = doubled(x)
+        assert jax.typeof(y).manual_axis_type.varying == {"x"}
+        return y
+
+    run = jax.shard_map(body, mesh=mesh, in_specs=spec, out_specs=spec)
     np.testing.assert_array_equal(run(jnp.ones(4)), 2 * jnp.ones(4))
 
 
