@@ -3,7 +3,7 @@
 The rows are cut into tiles, and the tiles into ranges, one for each core at least. A step of the grid multiplies one
 tile by the matrix of one group that has rows in it: a tile in which groups meet is visited once for each of them. Which
 step does what is worked out from the group sizes beforehand (`plan`) and stands in scalar memory; there are exactly as
-many steps as there is work.
+many steps as there are such pairs.
 
     grid   (ranges, blocks of columns, steps)
     x      a tile of rows with all columns, fetched ahead by Pallas
@@ -179,14 +179,17 @@ def _round_up(number: int, multiple: int) -> int:
     return pl.cdiv(number, multiple) * multiple
 
 
-FIELDS = ("group", "next", "tile", "start", "stop", "run", "runs")
+FIELDS = ("group", "next", "tile", "start", "stop")
 
 
-def plan(group_sizes, m: int, rows: int, ranges: int, *, every_group: bool = False):
+def plan(group_sizes, m: int, rows: int, ranges: int, *, every_group: bool = False, interpret: bool = False):
     """What each step does.
 
     Groups are taken in order, tiles of a group in order. The rows beyond the last group count as one group more, so
     that every tile is visited, unless every_group asks for steps of the empty groups instead.
+
+    This is a kernel too, for the scalar unit alone: as XLA's own operations, each on a few numbers, it would be twenty
+    that wait for each other.
 
     Args:
       group_sizes: [e].
@@ -194,49 +197,83 @@ def plan(group_sizes, m: int, rows: int, ranges: int, *, every_group: bool = Fal
       rows: of a tile.
       ranges: among which the tiles are divided.
       every_group: visit each group at least once, and only groups.
+      interpret: run step by step.
 
     Returns:
-      int32 [ranges * steps * 7]: FIELDS of each step. `start` to `stop` are the rows of its group in its tile; equal
-      in a step that does nothing, of a range that has fewer steps than another. Steps of one group are a run: `run`
-      is its number, `runs` how many there are, `next` the group of the one that follows; e or more if there is none.
-      And how many steps there are.
+      int32 [ranges * steps * 5]: FIELDS of each step, with `steps` places for each range, as many as it can have.
+      `start` to `stop` are the rows of its group in its tile; they are equal in a step that does nothing, of an empty
+      group, or of a range that has fewer steps than another. `next` is the next group in the range that has steps;
+      e or more if there is none. And int32 [1], how many steps the range with the most of them has.
     """
-    e = group_sizes.shape[0]
-    tiles = pl.cdiv(m, rows)
+    e, tiles = group_sizes.shape[0], pl.cdiv(m, rows)
     per_range = pl.cdiv(tiles, ranges)
-    ends = jnp.minimum(jnp.cumsum(group_sizes.astype(jnp.int32)), m)
-    if not every_group:
-        ends = jnp.append(ends, m)
-    starts = jnp.concatenate([jnp.zeros(1, jnp.int32), ends[:-1]])
-    edges = jnp.minimum(jnp.arange(ranges + 1, dtype=jnp.int32) * (per_range * rows), m)[:, None]
-    starts, ends = (jnp.clip(a[None], edges[:-1], edges[1:]) for a in (starts, ends))  # [ranges, groups]
-    first = jnp.minimum(starts // rows, tiles - 1)
-    count = jnp.where(ends > starts, (ends - 1) // rows - first + 1, int(every_group))
-    after = jnp.cumsum(count, axis=1)  # the first step after those of a group
-    owners = (count > 0) & (jnp.arange(count.shape[1]) < e)[None]
-    of_group = {
-        "next": jnp.sum(after[:, None] <= after[:, :, None], axis=2),
-        "before": after - count,
-        "first": first,
-        "start": starts,
-        "stop": ends,
-        "run": jnp.cumsum(owners, axis=1) - 1,
-        "runs": jnp.broadcast_to(jnp.sum(owners, axis=1, keepdims=True), count.shape),
-    }
-    steps = min(per_range, tiles) + count.shape[1]
-    step = jnp.arange(steps, dtype=jnp.int32)[None]
-    last = after[:, -1:] - 1
-    at = jnp.minimum(step, last)
-    group = jnp.sum(after[:, None] <= at[:, :, None], axis=2)  # [ranges, steps]
-    here = group[:, :, None] == jnp.arange(count.shape[1])[None, None]
-    # Picked by sums over 0 and 1, which fuse; a gather of each would not.
-    of_step = {name: jnp.sum(jnp.where(here, values[:, None], 0), axis=2) for name, values in of_group.items()}
-    tile = of_step["first"] + at - of_step["before"]
-    start = jnp.maximum(of_step["start"], tile * rows)
-    stop = jnp.minimum(of_step["stop"], (tile + 1) * rows)
-    of_step |= {"group": group, "tile": tile, "start": start, "stop": jnp.where(step <= last, stop, start)}
-    table = jnp.stack([of_step[name] for name in FIELDS], axis=2).astype(jnp.int32)
-    return table.reshape(-1), jnp.max(after[:, -1])
+    steps = steps_of(per_range, e)
+
+    def kernel(sizes_ref, table_ref, count_ref):
+        def put(position, **fields):
+            for name, value in fields.items():
+                table_ref[position * len(FIELDS) + FIELDS.index(name)] = jnp.asarray(value, jnp.int32)
+
+        def of_range(r, most):
+            low, high = r * per_range * rows, jnp.minimum((r + 1) * per_range * rows, m)
+
+            def of_group(group, carry):
+                begin, step = carry
+                size = sizes_ref[jnp.minimum(group, e - 1)]
+                end = jnp.where(group < e, jnp.minimum(begin + size, m), m)
+                start, stop = jnp.clip(begin, low, high), jnp.clip(end, low, high)
+                first = jnp.minimum(lax.div(start, rows), tiles - 1)
+                count = jnp.where(stop > start, lax.div(stop - 1, rows) - first + 1, int(every_group))
+
+                def of_tile(i, _):
+                    tile = first + i
+                    inside = jnp.maximum(start, tile * rows), jnp.minimum(stop, (tile + 1) * rows)
+                    put(r * steps + step + i, group=group, tile=tile, start=inside[0], stop=inside[1])
+
+                lax.fori_loop(0, count, of_tile, None)
+                return end, step + count
+
+            _, count = lax.fori_loop(0, e if every_group else e + 1, of_group, (jnp.int32(0), jnp.int32(0)))
+
+            def of_step(i, carry):  # from the last to the first
+                group, following = carry
+                step = _Step(table_ref, r * steps + count - 1 - i)
+                following = jnp.where(step.group == group, following, group)
+                put(r * steps + count - 1 - i, next=following)
+                return step.group, following
+
+            lax.fori_loop(0, count, of_step, (jnp.int32(e), jnp.int32(e)))
+            last = _Step(table_ref, r * steps + count - 1)
+            group, tile = last.group, last.tile
+
+            def of_nothing(i, _):
+                put(r * steps + i, group=group, next=e, tile=tile, start=0, stop=0)
+
+            lax.fori_loop(count, steps, of_nothing, None)
+            return jnp.maximum(most, count)
+
+        count_ref[0] = lax.fori_loop(0, ranges, of_range, jnp.int32(0))
+
+    table, count = pl.pallas_call(
+        kernel,
+        in_specs=[pl.BlockSpec(memory_space=pltpu.SMEM)],
+        out_specs=[pl.BlockSpec(memory_space=pltpu.SMEM)] * 2,
+        out_shape=[
+            jax.ShapeDtypeStruct((ranges * steps * len(FIELDS),), jnp.int32),
+            jax.ShapeDtypeStruct((1,), jnp.int32),
+        ],
+        cost_estimate=pl.CostEstimate(
+            flops=0, transcendentals=0, bytes_accessed=4 * (e + ranges * steps * len(FIELDS))
+        ),
+        interpret=interpreter("tpu") if interpret else False,
+        name="jmoe_grouped_plan",
+    )(group_sizes.astype(jnp.int32))
+    return table, count
+
+
+def steps_of(tiles: int, e: int) -> int:
+    """How many steps so many tiles can have: one each, and one more for each place where groups, or none, meet."""
+    return tiles + e
 
 
 class _Step:
@@ -266,14 +303,13 @@ class _Matmul:
         self.per_range = pl.cdiv(self.tiles, self.ranges)
         assert (self.ranges - 1) * self.per_range < self.tiles, "a range has no tile"
         self.blocks = pl.cdiv(self.n, self.columns)
-        self.steps = self.per_range + self.e + 1
+        self.steps = steps_of(self.per_range, self.e)
 
     def at(self, plan_ref, of_range, step):
         return _Step(plan_ref, of_range * self.steps + step)
 
     def __call__(self, group_sizes, index, interpret):
-        table, count = plan(group_sizes, self.m, self.rows, self.ranges)
-        assert table.shape == (self.ranges * self.steps * len(FIELDS),)
+        table, count = plan(group_sizes, self.m, self.rows, self.ranges, interpret=interpret)
         x, dtype = self.x, self.x.dtype
         operands, specs, scratch = [], [], []
         if self.gathered:
@@ -308,10 +344,15 @@ class _Matmul:
             functools.partial(self._kernel, results),
             grid_spec=pltpu.PrefetchScalarGridSpec(
                 num_scalar_prefetch=1,
-                grid=(self.ranges, self.blocks, count),
+                grid=(self.ranges, self.blocks, count[0]),
                 in_specs=specs,
                 out_specs=[out_spec] * results,
-                scratch_shapes=[pltpu.VMEM((2, *block), dtype), pltpu.SemaphoreType.DMA((2,)), *scratch],
+                scratch_shapes=[
+                    pltpu.VMEM((2, *block), dtype),
+                    pltpu.SemaphoreType.DMA((2,)),
+                    pltpu.SMEM((1,), jnp.int32),
+                    *scratch,
+                ],
             ),
             out_shape=[jax.ShapeDtypeStruct((self.m, self.n), dtype)] * results,
             compiler_params=_compiler_params("parallel", "arbitrary", "arbitrary"),
@@ -337,11 +378,15 @@ class _Matmul:
         visits = self.tiles + self.e - 1
         # A row by index is copied once, by itself as float32 or with its pair.
         x = self.m * self.k * (4 if self.gathered else self.blocks * size)
-        matrices = (self.e + self.ranges - 1) * self.k * self.n * size  # one lies in two ranges where they meet
+        lists = (
+            3 * self.blocks * self.tiles * self.rows * 4 if self.gathered else 0
+        )  # of indices, ahead too, and halves
+        matrices = self.e + self.ranges - 1  # one lies in two ranges where they meet
+        matrix = (self.k + (self.bias is not None)) * self.n * size
         return pl.CostEstimate(
             flops=2 * visits * self.rows * self.k * self.n,
             transcendentals=visits * self.rows * self.n if self.activation in ("gelu", "silu") else 0,
-            bytes_accessed=x + matrices + results * self.m * self.n * size,
+            bytes_accessed=x + lists + matrices * matrix + results * self.m * self.n * size,
         )
 
     def _kernel(self, results, plan_ref, *refs):
@@ -350,7 +395,7 @@ class _Matmul:
             odd_ref, *refs = refs if copies.paired(self.x.dtype) else (None, *refs)
         x_ref, w_ref, *refs = refs
         bias_ref, *refs = refs if self.bias is not None else (None, *refs)
-        out_refs, (buffer, semaphores, *scratch) = refs[:results], refs[results:]
+        out_refs, (buffer, semaphores, turn, *scratch) = refs[:results], refs[results:]
         of_range, block, number = (pl.program_id(axis) for axis in range(3))
         step, previous = (self.at(plan_ref, of_range, i) for i in (number, jnp.maximum(number - 1, 0)))
         new_tile = (number == 0) | (step.tile != previous.tile)
@@ -375,16 +420,17 @@ class _Matmul:
                 pl.when(block < self.blocks - 1)(lambda: columns(self.columns))
                 pl.when(block == self.blocks - 1)(lambda: columns(rest))
 
-        # Runs are numbered through all blocks of columns: those of even and of odd number take turns in the buffer.
-        half = lax.rem(block * step.runs + step.run, 2)
-
         @pl.when(new_group & works)
         def _():
             @pl.when((number == 0) & (block == 0))
             def _():
-                copy(step.group, block, half, lambda c: c.start())
+                turn[0] = 1
+                copy(step.group, block, 0, lambda c: c.start())
 
-            # After the last run of a block of columns comes the first one of the next block.
+            # The halves of the buffer take turns, through all blocks of columns: after the last group of a block comes
+            # the first one of the next.
+            turn[0] = 1 - turn[0]
+            half = turn[0]
             more = step.next < self.e
             group = jnp.where(more, step.next, self.at(plan_ref, of_range, 0).group)
             at = jnp.where(more, block, block + 1)
@@ -416,7 +462,7 @@ class _Matmul:
         def _():
             x = kept[place] if self.gathered else x_ref[...]
             contracted = (((1,), (1 if self.transposed else 0,)), ((), ()))
-            product = lax.dot_general(x, buffer[half], contracted, preferred_element_type=jnp.float32)
+            product = lax.dot_general(x, buffer[turn[0]], contracted, preferred_element_type=jnp.float32)
             if bias_ref is not None:
                 product = product + bias_ref[0].astype(jnp.float32)
             row = step.tile * self.rows + lax.broadcasted_iota(jnp.int32, (self.rows, 1), 0)
@@ -460,7 +506,7 @@ def grouped_outer(x, dout, group_sizes, *, interpret: bool = False, config: Oute
     config = config or outer_config(m, k, n, e, size)
     rows, depth, columns = config.rows, config.depth, config.columns
     deep, wide, tiles = pl.cdiv(k, depth), pl.cdiv(n, columns), pl.cdiv(m, rows)
-    table, count = plan(group_sizes, m, rows, 1, every_group=True)
+    table, count = plan(group_sizes, m, rows, 1, every_group=True, interpret=interpret)
     # The axis of more blocks leads: it is divided among the cores.
     grid, blocks_of = ((deep, wide), lambda a, b: (a, b)) if deep > wide else ((wide, deep), lambda a, b: (b, a))
 
@@ -498,7 +544,7 @@ def grouped_outer(x, dout, group_sizes, *, interpret: bool = False, config: Oute
         kernel,
         grid_spec=pltpu.PrefetchScalarGridSpec(
             num_scalar_prefetch=1,
-            grid=(*grid, count),
+            grid=(*grid, count[0]),
             in_specs=[pl.BlockSpec((rows, depth), of_x), pl.BlockSpec((rows, columns), of_dout)],
             out_specs=[pl.BlockSpec((1, depth, columns), of_out)],
             scratch_shapes=[pltpu.VMEM((depth, columns), jnp.float32)],
