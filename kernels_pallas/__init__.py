@@ -1,6 +1,7 @@
 """Standalone ops of sparse layers, usable without jmoe: each is a folder with its reference beside the fast forms."""
 
 from kernels_pallas.combine_rows import combine_rows as combine_rows
+from kernels_pallas.expert_mlp import expert_mlp as expert_mlp
 from kernels_pallas.gather_rows import gather_rows as gather_rows
 from kernels_pallas.grouped_matmul import grouped_matmul as grouped_matmul
 

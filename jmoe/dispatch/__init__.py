@@ -7,4 +7,5 @@ from jmoe.dispatch.api import combine as combine
 from jmoe.dispatch.api import dispatch as dispatch
 from jmoe.dispatch.api import resolve as resolve
 from jmoe.dispatch.api import rounded as rounded
+from jmoe.dispatch.gather import through as through
 from jmoe.dispatch.ragged import Ragged as Ragged

@@ -1,5 +1,7 @@
 """Dispatch by gathers: slots copy the rows of their tokens, tokens sum the rows of their slots, and so backward."""
 
+from collections.abc import Callable
+
 import jax.numpy as jnp
 
 from jmoe.dispatch.index import by_token
@@ -25,6 +27,26 @@ def combine(y: Float[Array, "G E C D"], routing: Routing, implementation: str | 
     rows = y.swapaxes(0, 1).reshape(-1, D)  # see dispatch
     tokens = combine_rows(rows, slots, weights, choice, implementation=implementation)
     return tokens.reshape(G, routing.group_size, D)
+
+
+def through(
+    x: Float[Array, "G S D"],
+    routing: Routing,
+    experts: Callable[[Float[Array, "N D"], Int[Array, "N K"], Int[Array, " M"]], Float[Array, "M D"]],
+    implementation: str | None = None,
+) -> Float[Array, "G S D"]:
+    """Sends tokens through experts that gather them by themselves, and combines what comes out.
+
+    Args:
+      x: [G, S, D] tokens.
+      routing: the decision.
+      experts: called with all tokens and the two index arrays of `by_token`; returns the outputs of all slots.
+      implementation: of the combination.
+    """
+    G, S, D = x.shape
+    slots, weights, choice = slot_index(routing)
+    rows = experts(x.reshape(G * S, D), slots, choice)
+    return combine_rows(rows, slots, weights, choice, implementation=implementation).reshape(G, S, rows.shape[1])
 
 
 def slot_index(routing: Routing) -> tuple[Int[Array, "N K"], Float[Array, "N K"], Int[Array, " M"]]:

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from jmoe.notation import Array, Float, Int, PRNGKeyArray
-from kernels_pallas import grouped_matmul
+from kernels_pallas import expert_mlp, grouped_matmul
 
 ExpertInit = Literal["identical", "independent"]
 
@@ -97,20 +97,36 @@ class ExpertMlp(nnx.Module):
         key: PRNGKeyArray | None = None,
         implementation: str | None = None,
     ) -> Float[Array, "N D"]:
-        """Applies each expert to its rows of a list sorted by expert; rows of no expert come out arbitrary but finite.
+        """Applies each expert to its rows of a list sorted by expert; rows of no expert come out zero.
 
         Dropout masks are drawn per row: with dropout on, this form equals the other in distribution only.
         """
         dtype = self.dtype or rows.dtype
         keys = (None, None) if key is None else jax.random.split(key)
         w_in, b_in, w_out, b_out = (p[...].astype(dtype) for p in (self.w_in, self.b_in, self.w_out, self.b_out))
-        expert = jnp.searchsorted(jnp.cumsum(group_sizes), jnp.arange(rows.shape[0]), side="right")
-        expert = jnp.minimum(expert, group_sizes.shape[0] - 1)
-        one_hot = jax.nn.one_hot(expert, group_sizes.shape[0], dtype=dtype)  # its gradient sums rows without a scatter
         multiply = functools.partial(grouped_matmul, group_sizes=group_sizes, implementation=implementation)
-        hidden = gelu(multiply(rows.astype(dtype), w_in) + one_hot @ b_in)
-        hidden = drop(hidden, self.dropout, keys[0])
-        return drop(multiply(hidden, w_out) + one_hot @ b_out, self.dropout, keys[1])
+        hidden = drop(multiply(rows.astype(dtype), w_in, bias=b_in, activation="gelu"), self.dropout, keys[0])
+        return drop(multiply(hidden, w_out, bias=b_out), self.dropout, keys[1])
+
+    def fused(
+        self,
+        x: Float[Array, "N D"],
+        slots: Int[Array, "N K"],
+        choice: Int[Array, " M"],
+        *,
+        implementation: str | None = None,
+    ) -> Float[Array, "M D"]:
+        """Applies each expert to the tokens in its slots, and keeps nothing hidden; without dropout.
+
+        Args:
+          x: [N, D] tokens.
+          slots: [N, K], of the pair of index arrays of `kernels_pallas.expert_mlp`, slots in the order of experts.
+          choice: [M], the other.
+          implementation: of that op.
+        """
+        dtype = self.dtype or x.dtype
+        parameters = (p[...].astype(dtype) for p in (self.w_in, self.b_in, self.w_out, self.b_out))
+        return expert_mlp(x.astype(dtype), slots, choice, *parameters, implementation=implementation)
 
 
 def mlp_parameters(key: PRNGKeyArray, D: int, hidden_dim: int) -> tuple[Array, Array, Array, Array]:

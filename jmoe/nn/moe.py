@@ -9,12 +9,12 @@ from typing import Any, Literal
 import jax
 from flax import nnx
 
-from jmoe.dispatch import Implementation, Method, Ragged, combine, dispatch, resolve, rounded
+from jmoe.dispatch import Implementation, Method, Ragged, combine, dispatch, resolve, rounded, through
 from jmoe.nn.gate import default_gate
 from jmoe.nn.groups import from_groups, group_length, say_once, to_groups
 from jmoe.nn.mlp import ExpertInit, ExpertMlp
 from jmoe.notation import Array, Bool, Float, PRNGKeyArray
-from jmoe.routing import Decision, ExpertChoice, Loss, Router, TopK, decide, routing_metrics
+from jmoe.routing import Decision, ExpertChoice, Loss, Router, Routing, Soft, TopK, decide, routing_metrics
 from jmoe.routing.members import interleave_members, separate_members
 
 
@@ -36,6 +36,9 @@ class MoEConfig:
       method: how tokens move: "gather", "einsum", "ragged", or "auto".
       implementation: of the ops of "gather" and "ragged": "pallas" (kernels for TPU and GPU), "xla", or None for the
         fastest on the platform that the layer is compiled for, which is logged. A named one that cannot is an error.
+      fused: experts gather their tokens by themselves, and neither those nor the hidden activation [E, C, F] are
+        written to memory on the way (kernel for TPU; elsewhere XLA holds what is hidden while it runs). Training
+        computes it again. For method "gather" and experts without dropout.
       exchange_dtype: "bfloat16" rounds tokens on their way to the experts and back, as published; None leaves them as
         they are. Combine weights and sums are float32 either way.
       members: M of an efficient ensemble (E3, arXiv:2110.03360): each member has E / M experts of its own and sees its
@@ -56,6 +59,7 @@ class MoEConfig:
     losses: tuple[Loss, ...] | None = None
     method: Method = "auto"
     implementation: Implementation | None = None
+    fused: bool = False
     exchange_dtype: Literal["bfloat16"] | None = None
     members: int = 1
     gate: Callable[..., Any] | None = None
@@ -73,6 +77,17 @@ class MoEConfig:
             raise ValueError(f"MoEConfig wants method 'auto', 'einsum', 'gather' or 'ragged'; it got {self.method!r}.")
         if self.implementation not in (None, *typing.get_args(Implementation)):
             raise ValueError(f"MoEConfig wants implementation 'pallas', 'xla' or None; it got {self.implementation!r}.")
+        if self.implementation == "pallas" and self.method == "einsum":
+            raise ValueError(
+                "MoEConfig(implementation='pallas') is for methods 'gather' and 'ragged'; it got method 'einsum'."
+            )
+        if self.fused and (self.method not in ("auto", "gather") or self.dropout):
+            raise ValueError(
+                f"MoEConfig(fused=True) is for method 'gather' (or 'auto') and experts without dropout; it got method "
+                f"{self.method!r} and dropout={self.dropout}."
+            )
+        if self.fused and isinstance(self.router, Soft):
+            raise ValueError("MoEConfig(fused=True) wants a router that sends tokens to slots; Soft mixes them.")
         if self.exchange_dtype not in (None, "bfloat16"):
             raise ValueError(f"MoEConfig wants exchange_dtype 'bfloat16' or None; it got {self.exchange_dtype!r}.")
         if not isinstance(self.router, Router):
@@ -192,20 +207,7 @@ class MoEMlp(nnx.Module):
             )
         decision = decide(config.router, gating)
 
-        method = resolve(config.method, decision)
-        if config.method == "auto":
-            name = type(config.router).__name__
-            say_once(f"Dispatch 'auto' is {method!r} for {name} in groups of {S} tokens.", logging.INFO)
-        implementation = config.implementation
-        slots = dispatch(rounded(tokens, config.exchange_dtype), decision, method, implementation=implementation)
-        if isinstance(slots, Ragged):
-            outputs = self.experts.ragged(slots.rows, slots.group_sizes, key=dropout_key, implementation=implementation)
-        else:
-            slots = slots.swapaxes(0, 1)  # [E, G, C, D]
-            E, G, C, D = slots.shape
-            outputs = self.experts(slots.reshape(E, G * C, D), key=dropout_key)
-            outputs = outputs.reshape(E, G, C, D).swapaxes(0, 1)
-        y = combine(rounded(outputs, config.exchange_dtype), decision, method, implementation=implementation)
+        y = self._through_experts(rounded(tokens, config.exchange_dtype), decision, dropout_key)
         y = from_groups(y, B // M, T * M)
         y = (y if M == 1 else separate_members(y, M)).astype(x.dtype)
 
@@ -216,6 +218,34 @@ class MoEMlp(nnx.Module):
             losses=_by_name((loss.name, loss(gating, decision)) for loss in losses),
             metrics=routing_metrics(gating, decision),
         )
+
+    def _through_experts(
+        self, tokens: Float[Array, "G S D"], decision: Decision, key: PRNGKeyArray | None
+    ) -> Float[Array, "G S D"]:
+        """Dispatch, experts, combine."""
+        config = self.config
+        implementation = config.implementation
+        method = resolve("gather" if config.fused else config.method, decision)
+        if config.method == "auto":
+            name, S = type(config.router).__name__, tokens.shape[1]
+            say_once(f"Dispatch 'auto' is {method!r} for {name} in groups of {S} tokens.", logging.INFO)
+        if config.fused:
+            if not isinstance(decision, Routing):
+                raise ValueError("MoEConfig(fused=True) wants a router that sends tokens to slots, not a mixture.")
+
+            def experts(x: Array, slots: Array, choice: Array) -> Array:
+                outputs = self.experts.fused(x, slots, choice, implementation=implementation)
+                return rounded(outputs, config.exchange_dtype)
+
+            return through(tokens, decision, experts, implementation)
+        slots = dispatch(tokens, decision, method, implementation=implementation)
+        if isinstance(slots, Ragged):
+            outputs = self.experts.ragged(slots.rows, slots.group_sizes, key=key, implementation=implementation)
+        else:
+            slots = slots.swapaxes(0, 1)  # [E, G, C, D]
+            E, G, C, D = slots.shape
+            outputs = self.experts(slots.reshape(E, G * C, D), key=key).reshape(E, G, C, D).swapaxes(0, 1)
+        return combine(rounded(outputs, config.exchange_dtype), decision, method, implementation=implementation)
 
 
 def _by_name(losses: Iterable[tuple[str, Array]]) -> dict[str, Array]:

@@ -147,10 +147,10 @@ def test_methods_agree_in_values_and_gradients(router, dtype):
     x, mask = normal(B, T, D, dtype=dtype), jnp.arange(B * T).reshape(B, T) % 6 != 4
     expected, expected_gradients = differentiate(make(change(router=router, method="einsum")), x, mask)
     assert expected.y.dtype == x.dtype
-    for method in ("gather", "ragged", "auto"):
-        output, gradients = differentiate(make(change(router=router, method=method)), x, mask)
+    for options in ({"method": "gather"}, {"method": "ragged"}, {"method": "auto"}, {"fused": True}):
+        output, gradients = differentiate(make(change(router=router, **options)), x, mask)
         assert output.y.dtype == x.dtype
-        close = functools.partial(assert_close, dtype=dtype, message=method)
+        close = functools.partial(assert_close, dtype=dtype, message=str(options))
         jax.tree.map(close, (output, gradients), (expected, expected_gradients))
 
 
@@ -378,6 +378,25 @@ def test_an_output_is_a_pytree():
         ({"dropout": 1.0}, "MoEConfig wants a dropout rate from 0 to below 1; it got 1.0."),
         ({"expert_init": "zero"}, "MoEConfig wants expert_init 'identical' or 'independent'; it got 'zero'."),
         ({"method": "x"}, "MoEConfig wants method 'auto', 'einsum', 'gather' or 'ragged'; it got 'x'."),
+        ({"implementation": "cuda"}, "MoEConfig wants implementation 'pallas', 'xla' or None; it got 'cuda'."),
+        (
+            {"fused": True, "method": "ragged"},
+            "MoEConfig(fused=True) is for method 'gather' (or 'auto') and experts without dropout; it got method "
+            "'ragged' and dropout=0.0.",
+        ),
+        (
+            {"fused": True, "dropout": 0.1},
+            "MoEConfig(fused=True) is for method 'gather' (or 'auto') and experts without dropout; it got method "
+            "'auto' and dropout=0.1.",
+        ),
+        (
+            {"fused": True, "router": Soft()},
+            "MoEConfig(fused=True) wants a router that sends tokens to slots; Soft mixes them.",
+        ),
+        (
+            {"method": "einsum", "implementation": "pallas"},
+            "MoEConfig(implementation='pallas') is for methods 'gather' and 'ragged'; it got method 'einsum'.",
+        ),
         ({"router": TopK(k=6)}, "TopK has k=6, but there are only num_experts=5. Choose k from 1 to 5."),
     ],
 )
@@ -416,3 +435,33 @@ def test_a_loss_of_experts_is_refused_for_a_soft_router():
     soft = MoEConfig(num_experts=2, hidden_dim=4, router=Soft(), losses=(Importance(),))
     with pytest.raises(ValueError, match="A soft router has a logit per slot"):
         MoEMlp(soft, 6, rngs=nnx.Rngs(0))(normal(2, 8, 6))
+
+
+def test_a_named_implementation_is_that_of_every_op_of_the_layer():
+    x = normal(B, T, D)
+    for method in ("gather", "ragged"):
+        plain, gradients = differentiate(make(change(method=method)), x)
+        named, named_gradients = differentiate(make(change(method=method, implementation="xla")), x)
+        jax.tree.map(np.testing.assert_array_equal, (named.y, named_gradients), (plain.y, gradients))
+    for options in ({"method": "gather"}, {"method": "ragged"}, {"fused": True}):
+        with pytest.raises(NotImplementedError, match="cannot run as 'pallas'"):
+            apply(make(change(implementation="pallas", **options)), x)
+
+
+def test_a_soft_router_has_no_kernels():
+    with pytest.raises(NotImplementedError, match="A soft router mixes tokens by matrix multiplies; 'pallas' is"):
+        apply(make(change(router=Soft(), implementation="pallas")), normal(B, T, D))
+
+
+def test_fused_experts_keep_less_for_the_gradient():
+    config = change(hidden_dim=64 * D, fused=True)
+    x = jax.ShapeDtypeStruct((B, T, D), jnp.float32)
+
+    def kept(config):
+        graph, state = nnx.split(make(config))
+        _, back = jax.eval_shape(
+            lambda state, x: jax.vjp(lambda *a: nnx.merge(graph, a[0])(a[1]).y, state, x), state, x
+        )
+        return sum(leaf.size for leaf in jax.tree.leaves(back))
+
+    assert kept(config) < kept(change(hidden_dim=64 * D, method="gather")) - 24 * 64 * D
