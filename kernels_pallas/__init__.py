@@ -5,7 +5,7 @@ from kernels_pallas.expert_mlp import expert_mlp as expert_mlp
 from kernels_pallas.gather_rows import gather_rows as gather_rows
 from kernels_pallas.grouped_matmul import grouped_matmul as grouped_matmul
 
-OPS = ("gather_rows", "combine_rows", "grouped_matmul")
+OPS = ("gather_rows", "combine_rows", "grouped_matmul", "expert_mlp")
 
 
 def implementations(platform: str | None = None) -> dict[str, tuple[str, ...]]:
@@ -28,9 +28,10 @@ def obstacles(platform: str | None = None) -> dict[str, str | None]:
 
 def _kernels():
     from kernels_pallas import rows
+    from kernels_pallas.expert_mlp import op as mlp
     from kernels_pallas.grouped_matmul import op as matmul
 
-    return dict(zip(OPS, (rows.KERNEL, rows.KERNEL, matmul.KERNEL), strict=True))
+    return dict(zip(OPS, (rows.KERNEL, rows.KERNEL, matmul.KERNEL, mlp.KERNEL), strict=True))
 
 
 def _platform() -> str:

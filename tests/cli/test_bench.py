@@ -137,7 +137,7 @@ def test_what_was_left_out_is_told_below_the_table(capsys, monkeypatch):
         ("layer --k 3", "A token cannot choose k=3 of num_experts=2 experts."),
         (
             "kernels --op gather",
-            "There is no op 'gather' to time; use one of gather_rows, combine_rows, grouped_matmul.",
+            "There is no op 'gather' to time; use one of gather_rows, combine_rows, grouped_matmul, expert_mlp.",
         ),
         (
             "kernels --implementation interpret-tpu",

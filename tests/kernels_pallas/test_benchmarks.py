@@ -14,7 +14,7 @@ from kernels_pallas import timing
 from kernels_pallas.cases import CASES, Case
 
 TINY = Case(name="tiny", width=11, hidden_dim=13, tokens=7, images=3, num_experts=5, k=2, capacity_factor=0.9)
-BOUNDS = {"gather_rows": "copy", "combine_rows": "copy", "grouped_matmul": "dense"}
+BOUNDS = {"gather_rows": "copy", "combine_rows": "copy", "grouped_matmul": "dense", "expert_mlp": "dense"}
 
 
 def benchmark(op, *args, **options):
@@ -40,7 +40,7 @@ def test_what_is_named_is_timed_in_the_dtype_that_is_named():
 
 @pytest.mark.parametrize("op", kernels_pallas.OPS)
 def test_a_named_implementation_that_cannot_run_here_is_an_error(op):
-    with pytest.raises(NotImplementedError, match="cannot run as 'pallas' here: Pallas kernels are for TPU and CUDA"):
+    with pytest.raises(NotImplementedError, match="cannot run as 'pallas'"):
         benchmark(op, TINY, ["pallas"], runs=1)
     with pytest.raises(NotImplementedError, match=f"{op} has no implementation 'palas'"):
         benchmark(op, TINY, ["palas"], runs=1)
