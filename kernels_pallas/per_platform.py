@@ -69,8 +69,13 @@ class PerPlatform:
         for platform in PLATFORMS:
             mlir.register_lowering(self._primitive, functools.partial(self._lower, platform), platform=platform)
         batching.primitive_batchers[self._primitive] = self._batch
+
+        def bind(*arrays, **parameters):
+            return self._primitive.bind(*arrays, **parameters)
+
+        bind.__name__ = name  # which profiles show
         # Under jit, so that calls of one shape are traced and lowered once for a program.
-        self._bind = jax.jit(self._primitive.bind, static_argnames=("implementation", "options", "batch_axes"))
+        self._bind = jax.jit(bind, static_argnames=("implementation", "options", "batch_axes"))
 
     def __call__(self, *arrays: jax.Array, implementation: str | None = None, **options: Any) -> tuple[jax.Array, ...]:
         """Runs it; options are hashable."""

@@ -152,7 +152,7 @@ def test_vmap_gives_the_same(implementation):
 
 # Last tiles that are not full, hidden columns in two or three blocks.
 INTERPRETED = {
-    "two tiles an expert, an odd number of tokens": ((37, 2, 2, 23, 128, 256), tpu.TileConfig(rows=16, columns=128)),
+    "two tiles an expert, an odd number of tokens": ((37, 2, 2, 31, 128, 256), tpu.TileConfig(rows=16, columns=128)),
     "one tile an expert, an odd number of tiles": ((20, 1, 3, 7, 256, 384), None),
 }
 
