@@ -1,14 +1,13 @@
 """The public op: from tokens to what their experts make of them, in slots."""
 
 import functools
-from typing import Literal
 
 import jax
 import numpy as np
 from jaxtyping import Array, Float, Int
 
+from kernels_pallas.activations import ACTIVATIONS, Activation
 from kernels_pallas.expert_mlp import reference, xla
-from kernels_pallas.grouped_matmul.activations import ACTIVATIONS
 from kernels_pallas.indexing import check_index_pair
 from kernels_pallas.per_platform import PerPlatform, check_name
 from kernels_pallas.rows import gather_sum
@@ -20,8 +19,6 @@ _expert_mlp = PerPlatform(
     preferred=("tpu",),
 )
 KERNEL = _expert_mlp
-
-Activation = Literal["gelu", "relu", "silu"]
 
 
 def expert_mlp(

@@ -2,8 +2,8 @@
 
 import jax.numpy as jnp
 
+from kernels_pallas.activations import ACTIVATIONS
 from kernels_pallas.gather_rows import reference
-from kernels_pallas.grouped_matmul.activations import ACTIVATIONS
 
 
 def expert_mlp(x, slots, choice, w_in, b_in, w_out, b_out, *, activation):

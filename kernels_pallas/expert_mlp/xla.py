@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from kernels_pallas.grouped_matmul.activations import ACTIVATIONS
+from kernels_pallas.activations import ACTIVATIONS
 from kernels_pallas.rows.xla import take_rows
 
 

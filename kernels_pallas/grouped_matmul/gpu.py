@@ -19,7 +19,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plt
 
-from kernels_pallas.grouped_matmul.activations import ACTIVATIONS
+from kernels_pallas.activations import ACTIVATIONS
 
 SMALLEST = 16  # what Triton's product takes, along every axis
 LARGEST = 2**31 - 1  # elements of an array: offsets are int32

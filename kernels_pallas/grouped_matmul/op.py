@@ -2,15 +2,14 @@
 
 import dataclasses
 import functools
-from typing import Literal
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
+from kernels_pallas.activations import ACTIVATIONS, Activation
 from kernels_pallas.grouped_matmul import reference, xla
-from kernels_pallas.grouped_matmul.activations import ACTIVATIONS
 from kernels_pallas.indexing import check_index_pair
 from kernels_pallas.per_platform import PerPlatform, check_name
 from kernels_pallas.rows import gather_sum
@@ -29,8 +28,6 @@ _outer = PerPlatform(
     preferred=PREFERRED,
 )
 KERNEL = _matmul
-
-Activation = Literal["gelu", "relu", "silu"]
 
 
 def grouped_matmul(

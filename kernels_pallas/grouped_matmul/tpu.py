@@ -32,7 +32,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from kernels_pallas.grouped_matmul.activations import ACTIVATIONS
+from kernels_pallas.activations import ACTIVATIONS
 from kernels_pallas.interpreter import interpreter
 from kernels_pallas.rows import copies
 from kernels_pallas.target import MIB, Chip, chip
