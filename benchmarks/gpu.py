@@ -527,15 +527,11 @@ def time_rows(run: Run, case: Case) -> dict[str, Any]:
         works = {name: parts[part] for name, parts in contenders.items()}
         times, broken = run.measure({name: functools.partial(jax.jit(f), *a) for name, (f, a) in works.items()})
         result[f"{part}, us"] = times
-        result[f"{part}, share"] = {name: bandwidth_share(run, count * D * 2, us) for name, us in times.items()}
+        if copied := run.report.get("bytes_per_us"):
+            result[f"{part}, share"] = {name: count * D * 2 / us / copied for name, us in times.items()}
         if broken:
             result.setdefault("failed", {})[part] = broken
     return result
-
-
-def bandwidth_share(run: Run, moved: int, microseconds: float) -> float:
-    """Bytes over time as a share of what the copy reached; not a number if it was not measured."""
-    return moved / microseconds / run.report.get("bytes_per_us", math.nan)
 
 
 def do_products(run: Run) -> None:
