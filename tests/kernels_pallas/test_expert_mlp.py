@@ -212,7 +212,7 @@ def test_the_kernel_compiles_for_every_chip(chip, d, dtype):
 @pytest.mark.parametrize("d", WIDTHS)
 @every_dtype
 def test_the_kernel_compiles_at_the_published_widths_with_any_capacity(chip, d, dtype):
-    for c in (136, 416, 548, 700, 836, 1212):
+    for c in (136, 416, 1212):  # H/14 with 32 experts, B/16, B/16 at 384 px
         compiled = compile_for(chip, pallas, *shapes(301, 2, c, d, hidden_width(d), dtype))
         assert "jmoe_expert_mlp" in compiled.as_text()
 
