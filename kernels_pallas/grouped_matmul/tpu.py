@@ -171,7 +171,8 @@ def _row_tiles(m: int, e: int) -> list[int]:
     A tile in which groups meet is multiplied once for each: with tiles of a quarter of a group that adds a quarter.
     Less than 128 rows leave a matrix unit waiting for its weights, whatever the groups.
     """
-    most = min(max(128, min(512, m // (4 * e))), _round_up(m, SUBLANES))
+    most = next(rows for rows in (512, 256, 128) if rows <= max(128, m // (4 * e)))
+    most = min(most, _round_up(m, SUBLANES))
     return [most, *(rows for rows in (256, 128, 64, 32, 16) if rows < most)]
 
 

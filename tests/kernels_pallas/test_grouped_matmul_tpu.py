@@ -257,6 +257,21 @@ def test_few_and_many_rows_compile(m):
     compile_for("v4", program, *program_shapes(512, jnp.bfloat16, 8, m=m))
 
 
+@pytest.mark.parametrize("e", [1, 3, 10, 64])
+def test_tiles_have_rows_that_lie_in_whole_registers(e):
+    for m in (*range(1, 300), 997, 5003, 10_000, 100_003):
+        tile, outer = tpu.tile_config(m, 768, 3072, e, 2), tpu.outer_config(m, 768, 3072, e, 2)
+        assert tile is not None
+        assert tile.rows == outer.rows
+        assert tile.rows % 16 == 0
+        assert tile.rows < m + 16
+        assert tile.rows <= 128 or 4 * e * tile.rows <= m
+
+
+def test_groups_of_any_mean_size_compile():
+    compile_for("v5e", program, *program_shapes(512, jnp.bfloat16, 10, m=10_000))
+
+
 def test_the_kernel_is_the_default():
     x, w, sizes = shape((300, 256), jnp.bfloat16), shape((3, 256, 128), jnp.bfloat16), shape((3,), jnp.int32)
     assert "jmoe_grouped_matmul" in compile_for("v5e", grouped_matmul, x, w, sizes).as_text()
