@@ -21,7 +21,7 @@ CASES = {  # n tokens, k slots each at most, e experts, c slots each, d and f wi
     "more experts than rows": (3, 2, 13, 1, 5, 7),
 }
 every_case = pytest.mark.parametrize("sizes", CASES.values(), ids=CASES)
-every_implementation = pytest.mark.parametrize("implementation", [*KERNEL.available("cpu"), None, "reference"])
+every_implementation = pytest.mark.parametrize("implementation", [*KERNEL.available("cpu"), "reference"])
 every_dtype = pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16], ids=["float32", "bfloat16"])
 every_activation = pytest.mark.parametrize("activation", ["gelu", "relu", "silu"])
 every_chip = pytest.mark.parametrize("chip", CHIPS)
@@ -104,7 +104,7 @@ def unfused(x, slots, choice, w_in, b_in, w_out, b_out, precision=None):
     return out.reshape(-1, x.shape[1])
 
 
-@every_implementation
+@pytest.mark.parametrize("implementation", [*KERNEL.available("cpu"), None, "reference"])
 def test_it_is_what_the_ops_it_fuses_make(implementation):
     arguments, dout = random_case(1, CASES["primes"], jnp.float32)
     expected, back = jax.vjp(unfused, *arguments)
