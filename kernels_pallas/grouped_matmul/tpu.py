@@ -41,8 +41,8 @@ LANES = 128
 SUBLANES = 16  # of bfloat16; a tile of rows is a multiple of it
 UNROLL = 8  # copies of rows that are started per turn of the loop
 MOST_MEMORY = 32 * MIB  # of vector memory, and at most half of it, because XLA keeps arrays of its own there
-LEAST_MEMORY = 13 * MIB  # but this much, of 16 MiB of the smallest chip, v4
-SPARE_MEMORY = 3 * MIB  # for what the compiler adds to what is counted here
+LEAST_MEMORY = 25 * MIB // 2  # but this much, of 16 MiB of the smallest chip, v4
+SPARE_MEMORY = 7 * MIB // 2  # for what the compiler adds to what is counted here
 
 
 @dataclasses.dataclass(frozen=True)
@@ -159,9 +159,11 @@ def _memory(of: Chip) -> int:
     return max(LEAST_MEMORY, min(MOST_MEMORY, of.vector_memory // 2))
 
 
-def _compiler_params(*semantics):
+def _compiler_params(dtype, *semantics):
+    # At the highest precision the compiler splits float32 operands into parts, and keeps those.
+    spare = _memory(chip()) if dtype == jnp.float32 else SPARE_MEMORY
     return pltpu.CompilerParams(
-        dimension_semantics=semantics, vmem_limit_bytes=min(_memory(chip()) + SPARE_MEMORY, chip().vector_memory)
+        dimension_semantics=semantics, vmem_limit_bytes=min(_memory(chip()) + spare, chip().vector_memory)
     )
 
 
@@ -356,7 +358,7 @@ class _Matmul:
                 ],
             ),
             out_shape=[jax.ShapeDtypeStruct((self.m, self.n), dtype)] * results,
-            compiler_params=_compiler_params("parallel", "arbitrary", "arbitrary"),
+            compiler_params=_compiler_params(dtype, "parallel", "arbitrary", "arbitrary"),
             cost_estimate=self.cost(results),
             interpret=interpreter("tpu") if interpret else False,
             name="jmoe_grouped_matmul" + "_transposed" * self.transposed + "_gathered" * self.gathered,
@@ -551,7 +553,7 @@ def grouped_outer(x, dout, group_sizes, *, interpret: bool = False, config: Oute
             scratch_shapes=[pltpu.VMEM((depth, columns), jnp.float32)],
         ),
         out_shape=[jax.ShapeDtypeStruct((e, k, n), x.dtype)],
-        compiler_params=_compiler_params("parallel", "parallel", "arbitrary"),
+        compiler_params=_compiler_params(x.dtype, "parallel", "parallel", "arbitrary"),
         cost_estimate=pl.CostEstimate(
             flops=2 * (tiles + e - 1) * rows * k * n,
             transcendentals=0,

@@ -242,6 +242,14 @@ def test_a_layer_compiles(chip, width, dtype, e):
 @pytest.mark.slow
 @every_chip
 @pytest.mark.parametrize("width", WIDTHS)
+def test_a_layer_compiles_at_the_highest_precision(chip, width):
+    with jax.default_matmul_precision("highest"):
+        compile_for(chip, program, *program_shapes(width, jnp.float32, 8))
+
+
+@pytest.mark.slow
+@every_chip
+@pytest.mark.parametrize("width", WIDTHS)
 @every_dtype
 def test_plain_products_compile(chip, width, dtype):
     m, f, sizes = 3328, hidden_width(width), shape((8,), jnp.int32)
