@@ -107,14 +107,13 @@ def test_a_chip_that_is_not_here_has_bounds_instead_of_times():
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("case", "chip", "over_dense", "einsum_over_ours"),
-    # At B/16 the experts alone are 1.62 on v5e and 1.80 on v5p.
-    [("B/16", "v5e", 1.8, 1.35), ("B/16-384", "v5e", 1.7, 2.0), ("B/16", "v5p", 2.3, 1.1)],
+    ("case", "chip", "over_batched", "einsum_over_ours"),
+    # Beside the dense MLP they are 1.8, 1.7 and 2.3, of which the experts alone are 1.6, 1.7 and 1.8.
+    [("B/16", "v5e", 1.12, 1.35), ("B/16-384", "v5e", 1.02, 2.0), ("B/16", "v5p", 1.28, 1.1)],
 )
-def test_on_tpu_the_kernels_leave_little_beside_the_experts(case, chip, over_dense, einsum_over_ours):
+def test_on_tpu_the_kernels_leave_little_beside_the_experts(case, chip, over_batched, einsum_over_ours):
     bounds = layer_bounds(CASES[case], chip=chip, compile_for=compile_for_chip, implementations=("pallas", "xla"))
-    assert bounds.ratios["gather-pallas"] <= over_dense
-    assert bounds.between["gather-pallas/batched"] <= 1.25
+    assert bounds.between["gather-pallas/batched"] <= over_batched
     assert bounds.between["einsum/gather-pallas"] >= einsum_over_ours
     assert bounds.bounds["gather-pallas"].seconds < bounds.bounds["gather-xla"].seconds
     assert bounds.temp_bytes["gather-pallas"] <= 0.4 * bounds.temp_bytes["einsum"]
