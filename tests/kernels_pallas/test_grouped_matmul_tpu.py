@@ -111,7 +111,7 @@ def products(x, w, dout, sizes, bias, source, index, activation):
             pytest.param(sizes, dtype, activation, marks=pytest.mark.slow)
             for sizes in GROUPS.values()
             for dtype in (jnp.float32, jnp.bfloat16)
-            for activation in ("gelu", "relu", None)
+            for activation in ("gelu", None)
         ),
     ],
 )
@@ -241,7 +241,7 @@ def test_a_layer_compiles(chip, width, dtype, e):
 
 @pytest.mark.slow
 @every_chip
-@pytest.mark.parametrize("width", WIDTHS)
+@pytest.mark.parametrize("width", [1024, 1280, 1408])  # blocks of these are the first that do not fit
 def test_a_layer_compiles_at_the_highest_precision(chip, width):
     with jax.default_matmul_precision("highest"):
         compile_for(chip, program, *program_shapes(width, jnp.float32, 8))
