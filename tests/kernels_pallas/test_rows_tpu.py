@@ -132,7 +132,9 @@ def test_the_race_detector_finds_a_race():
         copy.wait()
 
     x = jnp.ones((8, 128))
-    with pytest.raises(AssertionError, match="1 of 1 interpreted kernels have a race"), no_races():
+    # JAX 0.12 raises at once, 0.10 keeps it to be asked for.
+    errors = (AssertionError, jax.errors.JaxRuntimeError)
+    with pytest.raises(errors, match="1 of 1 interpreted kernels have a race|RACE DETECTED"), no_races():
         pl.pallas_call(
             kernel,
             in_specs=[pl.BlockSpec(memory_space=pl.ANY)],
