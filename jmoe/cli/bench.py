@@ -266,7 +266,8 @@ def _line(cells: dict[str, str]) -> str:
     """Cells under their columns: words to the left, numbers to the right."""
     words = {"op": 15, "bound": 6, "case": 9}
     return "".join(
-        text.ljust(words[name]) if name in words else text.rjust(max(len(name) + 2, 6)) for name, text in cells.items()
+        text.ljust(words[name]) if name in words else " " + text.rjust(max(len(name) + 1, 5))
+        for name, text in cells.items()
     )
 
 
