@@ -75,6 +75,7 @@ BYTES = {"pred": 1, "s8": 1, "u8": 1, "s16": 2, "u16": 2, "bf16": 2, "f16": 2, "
 BYTES |= {"s64": 8, "u64": 8, "f64": 8}
 MOVED = ("gather", "scatter", "sort")
 UNKNOWN_CYCLES = 10**12  # what the compiler writes where it does not know
+_ARRAY = re.compile(r"\b(" + "|".join(BYTES) + r")\[([\d,]*)\]")
 _OPERATION = re.compile(r"^\s*(?:ROOT )?%?([\w.\-]+) = (\(.*?\)|\S+) ([\w\-]+)\((.*)$")
 
 
@@ -100,12 +101,9 @@ def bound(hlo: str, chip: Chip) -> Bound:
     return Bound(**seconds, uncounted=uncounted)
 
 
-def largest_array(hlo: str) -> int:
-    """The number of elements of the largest array anywhere in a program, fusions included."""
-    return max(
-        math.prod(int(size) for size in sizes.split(",") if size)
-        for _, sizes in re.findall(r"\b(" + "|".join(BYTES) + r")\[([\d,]*)\]", hlo)
-    )
+def array_elements(hlo: str) -> set[int]:
+    """How many elements the arrays anywhere in a program have, fusions included."""
+    return {_product(axes) for _, axes in _ARRAY.findall(hlo)}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -148,10 +146,12 @@ def executed(program: Program, computation: str | None = None, times: int = 1) -
 
 def size(shape: str) -> int:
     """Bytes of a shape, or of all in a tuple."""
-    return sum(
-        BYTES[dtype] * math.prod(int(axis) for axis in axes.split(",") if axis)
-        for dtype, axes in re.findall(r"\b(" + "|".join(BYTES) + r")\[([\d,]*)\]", shape)
-    )
+    return sum(BYTES[dtype] * _product(axes) for dtype, axes in _ARRAY.findall(shape))
+
+
+def _product(axes: str) -> int:
+    """Of axes as they are written, such as "8,128"."""
+    return math.prod(int(axis) for axis in axes.split(",") if axis)
 
 
 def _called(operation: Operation, attribute: str) -> str:

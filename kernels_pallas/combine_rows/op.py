@@ -3,11 +3,10 @@
 import functools
 
 import jax
-import numpy as np
 from jaxtyping import Array, Float, Int
 
 from kernels_pallas.combine_rows import reference
-from kernels_pallas.indexing import check_index_pair
+from kernels_pallas.indexing import check_index_pair, no_gradients, rows_of
 from kernels_pallas.per_platform import check_name
 from kernels_pallas.rows import gather_dot, gather_sum
 from kernels_pallas.rows.xla import take_rows
@@ -67,9 +66,10 @@ def _backward(implementation, residuals, dout):
     # A slot is read by one token only, so its gradient is that token's, times the weight it was read with; and the
     # product of the two rows is the gradient of that weight.
     weight = take_rows(weights.reshape(-1), choice)
-    dy, products = gather_dot(dout, choice // slots.shape[1], weight, y, implementation=implementation)
+    dy, products = gather_dot(dout, rows_of(slots, choice), weight, y, implementation=implementation)
     dweights = take_rows(products, slots).astype(weights.dtype)
-    return dy, np.zeros(slots.shape, jax.dtypes.float0), dweights, np.zeros(choice.shape, jax.dtypes.float0)
+    no_slots, no_choice = no_gradients(slots, choice)
+    return dy, no_slots, dweights, no_choice
 
 
 _combine_rows.defvjp(_forward, _backward)

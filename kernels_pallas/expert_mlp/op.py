@@ -3,12 +3,11 @@
 import functools
 
 import jax
-import numpy as np
 from jaxtyping import Array, Float, Int
 
 from kernels_pallas.activations import ACTIVATIONS, Activation
 from kernels_pallas.expert_mlp import reference, xla
-from kernels_pallas.indexing import check_index_pair
+from kernels_pallas.indexing import check_index_pair, no_gradients, rows_of
 from kernels_pallas.per_platform import PerPlatform, check_name
 from kernels_pallas.rows import gather_sum
 
@@ -94,7 +93,7 @@ def expert_mlp(
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(7, 8))
 def _differentiable(x, slots, choice, w_in, b_in, w_out, b_out, activation, implementation):
-    arrays = (x, choice // slots.shape[1], w_in, b_in, w_out, b_out)
+    arrays = (x, rows_of(slots, choice), w_in, b_in, w_out, b_out)
     return _expert_mlp(*arrays, activation=activation, implementation=implementation)[0]
 
 
@@ -108,11 +107,11 @@ def _backward(activation, implementation, residuals, dout):
     # What follows from x is computed again, and only once the gradient is there. XLA would otherwise see that the
     # forward pass computes the same, and keep it.
     x, dout = jax.lax.optimization_barrier((x, dout))
-    rows = gather_sum(x, (choice // slots.shape[1])[:, None], implementation=implementation)
+    rows = gather_sum(x, rows_of(slots, choice)[:, None], implementation=implementation)
     drows, *dparameters = xla.gradients(rows, dout, w_in, b_in, w_out, activation=activation)
     # A token's gradient is the sum over the slots that it fills: they are listed in its row of `slots`.
     dx = gather_sum(drows, slots, implementation=implementation)
-    return dx, *(np.zeros(i.shape, jax.dtypes.float0) for i in (slots, choice)), *dparameters
+    return dx, *no_gradients(slots, choice), *dparameters
 
 
 _differentiable.defvjp(_forward, _backward)

@@ -3,11 +3,10 @@
 import functools
 
 import jax
-import numpy as np
 from jaxtyping import Array, Float, Int
 
 from kernels_pallas.gather_rows import reference
-from kernels_pallas.indexing import check_index_pair
+from kernels_pallas.indexing import check_index_pair, no_gradients, rows_of
 from kernels_pallas.per_platform import check_name
 from kernels_pallas.rows import gather_sum
 
@@ -48,7 +47,7 @@ def gather_rows(
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
 def _gather_rows(x, slots, choice, implementation):
-    return gather_sum(x, (choice // slots.shape[1])[:, None], implementation=implementation)
+    return gather_sum(x, rows_of(slots, choice)[:, None], implementation=implementation)
 
 
 def _forward(x, slots, choice, implementation):
@@ -59,7 +58,7 @@ def _backward(implementation, residuals, dy):
     slots, choice = residuals
     # A token's gradient is the sum over the slots that it fills: they are listed in its row of `slots`.
     dx = gather_sum(dy, slots, implementation=implementation)
-    return dx, *(np.zeros(i.shape, jax.dtypes.float0) for i in (slots, choice))
+    return dx, *no_gradients(slots, choice)
 
 
 _gather_rows.defvjp(_forward, _backward)

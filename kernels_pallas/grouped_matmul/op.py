@@ -5,12 +5,11 @@ import functools
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jaxtyping import Array, Float, Int
 
 from kernels_pallas.activations import ACTIVATIONS, Activation
 from kernels_pallas.grouped_matmul import reference, xla
-from kernels_pallas.indexing import check_index_pair
+from kernels_pallas.indexing import check_index_pair, no_gradients, rows_of
 from kernels_pallas.per_platform import PerPlatform, check_name
 from kernels_pallas.rows import gather_sum
 
@@ -69,7 +68,7 @@ def grouped_matmul(
     _check(x, w, group_sizes, rows, bias, activation)
     check_name("grouped_matmul", implementation)
     if implementation == "reference":
-        return reference.grouped_matmul(x, w, group_sizes, None if rows is None else _index(rows), bias, activation)
+        return reference.grouped_matmul(x, w, group_sizes, None if rows is None else rows_of(*rows), bias, activation)
     return _grouped_matmul(_Options(activation, implementation), x, w, bias, group_sizes, rows)
 
 
@@ -85,7 +84,7 @@ def _grouped_matmul(options, x, w, bias, group_sizes, rows):
 
 
 def _multiply(options, x, w, bias, group_sizes, rows, keep):
-    named = {"index": None if rows is None else _index(rows), "bias": bias}
+    named = {"index": None if rows is None else rows_of(*rows), "bias": bias}
     more = {name: array for name, array in named.items() if array is not None}
     return _matmul(
         x,
@@ -114,19 +113,13 @@ def _backward(options, residuals, dout):
     dx = _matmul(dout, w, group_sizes, implementation=implementation, transposed=True)[0]
     if rows is not None:  # a row's gradient is the sum over the places that it was copied to, which `slots` lists
         dx = gather_sum(dx, rows[0], implementation=implementation)
-        x = gather_sum(x, _index(rows)[:, None], implementation=implementation)
+        x = gather_sum(x, rows_of(*rows)[:, None], implementation=implementation)
     dw = _outer(x, dout, group_sizes, implementation=implementation)[0]
     dbias = xla.group_sums(dout, group_sizes).astype(x.dtype) if biased else None
-    integers = jax.tree.map(lambda i: np.zeros(i.shape, jax.dtypes.float0), (group_sizes, rows))
-    return dx, dw, dbias, *integers
+    return dx, dw, dbias, *no_gradients(group_sizes), None if rows is None else no_gradients(*rows)
 
 
 _grouped_matmul.defvjp(_forward, _backward)
-
-
-def _index(rows):
-    slots, choice = rows
-    return choice // slots.shape[1]  # which rounds towards minus infinity: out of range stays out of range
 
 
 def _check(x, w, group_sizes, rows, bias, activation) -> None:

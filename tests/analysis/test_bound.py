@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from jmoe.analysis.bound import CHIPS, Bound, Chip, bound, executed, largest_array, parse, size
+from jmoe.analysis.bound import CHIPS, Bound, Chip, array_elements, bound, executed, parse, size
 from tests.aot import compile_for
 
 CHIP = Chip(clock=1000.0, flops=1e6, bandwidth=100.0, memory=1.0)
@@ -84,7 +84,7 @@ def test_operations_are_listed_as_often_as_they_run():
 
 def test_sizes_are_bytes_and_arrays_are_elements():
     assert size("(bf16[3,5]{1,0:T(8,128)(2,1)}, pred[7]{0}, s32[])") == 30 + 7 + 4
-    assert largest_array(program()) == 200
+    assert max(array_elements(program())) == 200
 
 
 @pytest.mark.parametrize("chip", CHIPS)
