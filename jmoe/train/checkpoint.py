@@ -29,9 +29,9 @@ import numpy as np
 import orbax.checkpoint as ocp
 
 from jmoe.errors import UserError
+from jmoe.paths import path_names
 from jmoe.train import manifest
 from jmoe.train.manifest import UnreadableCheckpointError, reason
-from jmoe.train.paths import path_names
 
 _STATE = "state"  # the part that Orbax writes
 _NAME = re.compile(r"(0|[1-9][0-9]*)(\.tmp|\.old\.tmp)?")

@@ -22,11 +22,11 @@ from jmoe.convert.names import first_of
 from jmoe.convert.positions import resize_positions
 from jmoe.errors import UserError
 from jmoe.models.vit import ViTConfig
+from jmoe.paths import path_names
 from jmoe.train import workdir as folders
 from jmoe.train.checkpoint import Checkpointer, peek
 from jmoe.train.config import Initialize
 from jmoe.train.config_json import differences, to_json
-from jmoe.train.paths import path_names
 
 log = logging.getLogger(__name__)
 

@@ -17,7 +17,7 @@ import jax.numpy as jnp
 import optax
 
 from jmoe.errors import UserError
-from jmoe.train.paths import path_names
+from jmoe.paths import path_names
 from jmoe.train.schedule import Decay, LearningRate, Linear
 
 ByName = tuple[tuple[str, float], ...]  # (regular expression, value); the first that matches a name gives its value

@@ -11,13 +11,13 @@ from jmoe.convert.upcycle import GATE_STD, PUBLISHED, upcycle_arrays, upcycle_pa
 from jmoe.errors import UserError
 from jmoe.models.vit import ViTConfig
 from jmoe.nn import MoEConfig
+from jmoe.paths import path_names
 from jmoe.train.checks import readable
 from jmoe.train.config import TrainConfig
 from jmoe.train.drafts import Draft, draft_of
 from jmoe.train.imported import Converted, save_model
 from jmoe.train.initialize import Source, below, read_folder
 from jmoe.train.overrides import apply_overrides
-from jmoe.train.paths import path_names
 from jmoe.train.state import initial_state, make_optimizer
 from jmoe.train.workdir import read_config
 

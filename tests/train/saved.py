@@ -6,9 +6,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jmoe.paths import path_names
 from jmoe.train import workdir as folders
 from jmoe.train.checkpoint import Checkpointer
-from jmoe.train.paths import path_names
 from jmoe.train.state import initial_state, make_optimizer
 
 STEP = 7

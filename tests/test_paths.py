@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import optax
 from flax import nnx
 
-from jmoe.train.paths import path_names
+from jmoe.paths import path_names
 
 
 @jax.tree_util.register_dataclass
