@@ -11,9 +11,20 @@ published by renaming its directory once all of that is on disk:
         state/              written by Orbax, one array per leaf under its path name
 
 Nothing is ever unpickled: the manifest is JSON and Orbax is given arrays only.
+
+In a job of several processes, all save together into one folder that they share, and restore together; how many there
+are, and on which mesh the arrays lie, may differ from one to the other. Each piece of an array is written by one
+process, which also computes the checksums of its files; process 0 joins what the others wrote and publishes it. On
+restoring, each process verifies its share of the files. Whatever can go wrong in one of them is told to all before
+anyone goes on (`agreement.py`), so that all take the same checkpoint, or raise the same error. That is also why Orbax's
+handler is called here, and none of its checkpointers: those meet at barriers that a process which failed never reaches,
+and some of these are collective operations of the devices.
 """
 
+import asyncio
 import contextlib
+import functools
+import itertools
 import json
 import logging
 import os
@@ -21,20 +32,31 @@ import pathlib
 import re
 import shutil
 import threading
-from typing import Any
+import time
+import uuid
+from collections.abc import Callable, Coroutine, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
+from etils import epath  # what Orbax, which depends on it, takes for a path
 
 from jmoe.errors import UserError
 from jmoe.paths import path_names
 from jmoe.train import manifest
+from jmoe.train.agreement import Agreement
 from jmoe.train.manifest import UnreadableCheckpointError, reason
 
 _STATE = "state"  # the part that Orbax writes
 _NAME = re.compile(r"(0|[1-9][0-9]*)(\.tmp|\.old\.tmp)?")
+_TOKEN = "jmoe_written_by-"  # starts the name of a file by which processes see that they share a folder
+_T = TypeVar("_T")
+
+# Shared file systems show one host what another wrote with a delay; that of NFS is 30 seconds at most by default.
+VISIBLE_SECONDS = 30.0
 
 log = logging.getLogger(__name__)
 
@@ -44,8 +66,14 @@ class Checkpointer:
 
     Restored arrays equal the saved ones bit for bit. Saving goes on in the background; an error of it is raised by the
     next call of `save`, `wait`, `restore` or `close`. All errors that a full disk, a damaged file or another model can
-    cause are `UserError`s. Written for one process.
+    cause are `UserError`s.
+
+    In a job of several processes, each of them opens the same folder and makes the same calls in the same order; the
+    arrays are global ones. A call that fails in one process raises the same error in all, and one that a process does
+    not come to raises in the others after `agreement.SECONDS`. Warnings are given by process 0.
     """
+
+    _opened = itertools.count()  # those of this process; the processes of a job open theirs in the same order
 
     def __init__(self, directory: str | os.PathLike, keep: int = 3):
         """Opens a directory, which need not exist yet, and warns of interrupted saves in it; reading deletes nothing.
@@ -61,15 +89,21 @@ class Checkpointer:
         self._unusable: set[int] = set()  # complete, but found damaged
         self._thread: threading.Thread | None = None
         self._error: UserError | None = None
+        self._writing: Sequence[Any] = ()  # Orbax's futures of the files that are being written
+        name = f"checkpoints-{next(self._opened)}"
+        self._now, self._later = Agreement(f"{name}/now"), Agreement(f"{name}/later")  # calls; saves going on meanwhile
         logging.getLogger("absl").addFilter(_not_from_orbax)
-        self._orbax = ocp.AsyncCheckpointer(ocp.PyTreeCheckpointHandler())
+        self._orbax = ocp.PyTreeCheckpointHandler()
+        self._steps: list[int] = []  # that all processes have last agreed on
+        self._published: list[int] | None = None  # the same after the save that `wait` will find complete
+        self._agree_on_steps()
         for path in _unfinished(self.directory):
-            log.warning("%s is ignored: its save was interrupted, or is going on in another process.", path)
+            self._warn("%s is ignored: its save was interrupted, or is going on in another process.", path)
 
     def save(self, step: int, state: Any, metadata: dict, *, wait: bool = False) -> None:
         """Saves a state; returns once its arrays may be overwritten, or with `wait` once the checkpoint is complete.
 
-        A checkpoint of the same step is replaced. `metadata` is anything that JSON can hold.
+        A checkpoint of the same step is replaced. `metadata` is anything that JSON can hold; that of process 0 counts.
 
         Raises:
           UserError: this save, or the one before it, failed; the earlier checkpoints are as they were.
@@ -79,16 +113,18 @@ class Checkpointer:
         # Serialised and parsed again, so that later changes to metadata cannot reach what is written.
         content = json.loads(json.dumps({"step": step, "metadata": metadata, "leaves": leaves}, allow_nan=False))
         with contextlib.suppress(Exception):
-            self._orbax.wait_until_finished()  # a save that was interrupted before its second half could start
+            self._finish_writing()  # for a save that was interrupted before its second half could start
         try:
-            self.directory.mkdir(parents=True, exist_ok=True)
-            for path in _unfinished(self.directory):
-                shutil.rmtree(path)
-            self._temporary(step).mkdir()
-            self._orbax.save(self._temporary(step) / _STATE, args=ocp.args.PyTreeSave(arrays))
+            tokens = self._together(f"the start of saving step {step}", lambda: self._prepare(step))[1]
+            self._together(f"the folder for step {step}", lambda: self._look_for(step, tokens[0]))
         except Exception as error:
             raise self._failure(step, error) from error
-        self._thread = threading.Thread(target=self._finish, args=(step, content), name=f"checkpoint-{step}")
+        refusal = None
+        try:
+            _run(self._start_writing(step, arrays))
+        except Exception as error:  # told to the others, who are writing, as an error of writing is
+            refusal = error
+        self._thread = threading.Thread(target=self._finish, args=(step, content, refusal), name=f"checkpoint-{step}")
         self._thread.start()
         if wait:
             self.wait()
@@ -98,17 +134,23 @@ class Checkpointer:
         if self._thread is not None:
             self._thread.join()
             self._thread = None
+        if self._published is not None:
+            self._steps, self._published = self._published, None
         if self._error is not None:
             error, self._error = self._error, None
             raise error
 
     def steps(self) -> list[int]:
-        """Steps of the complete checkpoints, in order. Whether they are damaged is found out on restoring."""
-        return _complete(self.directory)
+        """Steps of the complete checkpoints, in order. Whether they are damaged is found out on restoring.
+
+        With several processes, those that there were when the folder was opened or the last call of another method
+        ended: the same in all.
+        """
+        return _complete(self.directory) if self._now.processes == 1 else list(self._steps)
 
     def latest(self) -> int | None:
         """The last of `steps()`, or None."""
-        return latest(self.directory)
+        return max(self.steps(), default=None)
 
     def restore(self, step: int, abstract_state: Any, *, partial: bool = False) -> tuple[Any, dict]:
         """The state and the metadata saved at a step.
@@ -116,25 +158,32 @@ class Checkpointer:
         Args:
           step: one of `steps()`.
           abstract_state: arrays or `jax.ShapeDtypeStruct`s, in the structure of the state; those that have a sharding
-            are restored with it, the others to the default device.
+            are restored with it, whatever it was when they were saved, the others to the default device (of each
+            process).
           partial: whether the checkpoint may hold more than is asked for, which is then not read.
 
         Raises:
           UnreadableCheckpointError: a file is damaged or missing; the message names it.
           UserError: there is no such checkpoint, or the names, shapes or dtypes are not those of `abstract_state`; the
-            message names the arrays that differ.
+            message names the arrays that differ. Or the processes do not see the same files.
         """
         self.wait()
         path = self.directory / str(step)
-        if step not in self.steps():
+        if step not in self._agree_on_steps():
             raise UserError(f"There is no checkpoint of step {step} in {self.directory}, only of {self.steps()}.")
-        content = manifest.read(path)
         abstract_leaves, treedef = jax.tree.flatten(abstract_state)
         wanted = dict(zip(path_names(abstract_state), abstract_leaves, strict=True))
-        described = {name: manifest.describe(leaf) for name, leaf in wanted.items()}
-        manifest.check_leaves(path, content, described, partial=partial)
-        manifest.check_files(path, content)
-        arrays = self._read_arrays(path, content["leaves"], wanted)
+        content = self._read_manifest(path, wanted, partial)
+        self._together(
+            f"checking step {step}",
+            lambda: manifest.check_files(path, content, process=self._now.process, processes=self._now.processes),
+        )
+        read, _ = self._together(f"reading step {step}", lambda: self._read_arrays(path, wanted))
+        try:
+            leaves = content["leaves"]
+            arrays = {name: _from_array(read.get(name), leaf, leaves[name].get("key")) for name, leaf in wanted.items()}
+        except Exception as error:
+            raise UnreadableCheckpointError(f"Checkpoint {path} cannot be read: {reason(error)}.") from error
         return treedef.unflatten([arrays[name] for name in wanted]), content["metadata"]
 
     def restore_latest(self, abstract_state: Any, *, partial: bool = False) -> tuple[Any, dict, int]:
@@ -147,11 +196,11 @@ class Checkpointer:
         """
         self.wait()
         problems = []
-        for step in reversed(self.steps()):
+        for step in reversed(self._agree_on_steps()):
             try:
                 return *self.restore(step, abstract_state, partial=partial), step
             except UnreadableCheckpointError as error:
-                log.warning("%s The checkpoint before it is used instead.", error)
+                self._warn("%s The checkpoint before it is used instead.", error)
                 self._unusable.add(step)
                 problems.append(str(error))
         found = " ".join(problems) or "It has no complete checkpoint."
@@ -175,26 +224,79 @@ class Checkpointer:
                 raise
             log.error("%s", failure)  # the error that is already on its way says more
 
-    def _finish(self, step: int, content: dict) -> None:
+    # Saving
+
+    def _prepare(self, step: int) -> str | None:
+        """Has process 0 make the folder that all write into, and a file by which they know that it is that one."""
+        if self._now.process:
+            return None
+        self.directory.mkdir(parents=True, exist_ok=True)
+        for path in _unfinished(self.directory):
+            shutil.rmtree(path)
+        token = f"{_TOKEN}{uuid.uuid4().hex}"
+        (self._temporary(step) / _STATE).mkdir(parents=True)
+        (self._temporary(step) / token).touch()
+        return token
+
+    def _look_for(self, step: int, token: str) -> None:
+        """Raises UserError unless this process sees the folder that process 0 has made, and no other of that name."""
+        if not _in_time(lambda: (self._temporary(step) / token).exists()):
+            raise UserError(
+                "the folder is not shared by all processes, as what process 0 has just written is not there"
+            )
+
+    async def _start_writing(self, step: int, arrays: dict[str, jax.Array]) -> None:
+        """Returns once Orbax has copied the arrays; it goes on to write them."""
+        args = ocp.args.PyTreeSave(arrays)
+        self._writing = await self._orbax.async_save(epath.Path(self._temporary(step) / _STATE), args=args) or ()
+
+    def _finish_writing(self) -> None:
+        """Returns once all that this process has to write is written, or raises what went wrong."""
+        writing, self._writing = self._writing, ()
+        for future in writing:
+            future.result()
+
+    def _finish(self, step: int, content: dict, refusal: Exception | None) -> None:
         """Second half of a save, in the background: checksums, manifest, publication, deletion of old checkpoints."""
-        try:
-            self._orbax.wait_until_finished()
-            temporary, final = self._temporary(step), self.directory / str(step)
-            manifest.write(temporary, content)
+        temporary, final = self._temporary(step), self.directory / str(step)
+        process, processes = self._later.process, self._later.processes
+
+        def write() -> None:
+            if refusal is not None:
+                raise refusal
+            self._finish_writing()
+            # What has the number of the process in its path, as Orbax names it; process 0 adds the rest at the end.
+            marks = {f"ocdbt.process_{process}", f"process_{process}"}
+            own = [name for name in manifest.files_below(temporary) if marks.intersection(name.split("/"))]
+            manifest.write_part(temporary, process, manifest.checksums(temporary, own))
+
+        def publish() -> list[int]:
+            if process:
+                return []
+            # Before Orbax joins what the processes have written: it would leave out what it does not see yet.
+            known = _read_in_time(lambda: manifest.take_parts(temporary, range(processes)))
+            self._orbax.finalize(epath.Path(temporary / _STATE))
+            for token in temporary.glob(f"{_TOKEN}*"):
+                token.unlink()
+            manifest.write(temporary, content, known)
             if final.exists():
                 final.rename(self._outdated(step))
             temporary.rename(final)
+            self._delete_outdated(step)
+            return _complete(self.directory)
+
+        try:
+            self._together(f"the end of writing step {step}", write, self._later)
+            self._published = self._together(f"the checkpoint of step {step}", publish, self._later)[1][0]
         except Exception as error:
             self._error = self._failure(step, error)
-        else:
-            self._delete_outdated(step)
 
     def _delete_outdated(self, step: int) -> None:
         """Deletes what the complete checkpoint of a step makes superfluous: all but `keep`, and the damaged ones."""
         self._unusable.discard(step)
         try:
             # Those after this step are no reason to delete one before it: they may be damaged too.
-            earlier = [s for s in self.steps() if s < step and s not in self._unusable]
+            earlier = [s for s in _complete(self.directory) if s < step and s not in self._unusable]
             for old in {*earlier[: max(0, len(earlier) - (self.keep - 1))], *self._unusable}:
                 # Renamed first, so that one half deleted is never taken for a complete one.
                 (self.directory / str(old)).rename(self._outdated(old))
@@ -204,17 +306,6 @@ class Checkpointer:
         except (OSError, UserError) as error:
             log.warning("Old checkpoints in %s could not be deleted: %s.", self.directory, reason(error))
 
-    def _read_arrays(self, path: pathlib.Path, leaves: dict[str, dict], wanted: dict[str, Any]) -> dict[str, jax.Array]:
-        """Reads the arrays of a checkpoint whose manifest and files have been checked."""
-        stored = {name: leaf for name, leaf in wanted.items() if leaf.size}
-        how = {name: _restore_args(leaf) for name, leaf in stored.items()}
-        try:
-            args = ocp.args.PyTreeRestore(item=dict.fromkeys(stored, 0), restore_args=how, partial_restore=True)
-            arrays = self._orbax.restore(path / _STATE, args=args) if stored else {}
-            return {name: _from_array(arrays.get(name), leaf, leaves[name].get("key")) for name, leaf in wanted.items()}
-        except Exception as error:
-            raise UnreadableCheckpointError(f"Checkpoint {path} cannot be read: {reason(error)}.") from error
-
     def _temporary(self, step: int) -> pathlib.Path:
         return self.directory / f"{step}.tmp"
 
@@ -223,7 +314,8 @@ class Checkpointer:
 
     def _failure(self, step: int, error: Exception) -> UserError:
         """Cleans up after a save that failed, and says so in one sentence."""
-        shutil.rmtree(self._temporary(step), ignore_errors=True)
+        if self._now.process == 0:
+            shutil.rmtree(self._temporary(step), ignore_errors=True)
         try:
             latest = self.latest()
         except UserError:  # the directory itself is gone
@@ -233,6 +325,111 @@ class Checkpointer:
             f"The checkpoint of step {step} could not be saved in {self.directory}: {reason(error)}; {rest}. "
             "Free some space or choose another folder, and start again."
         )
+
+    # Restoring
+
+    def _read_manifest(self, path: pathlib.Path, wanted: dict[str, Any], partial: bool) -> dict:
+        """The manifest of a checkpoint, once all processes have found it to be the same and to have what is wanted."""
+        described = {name: manifest.describe(leaf) for name, leaf in wanted.items()}
+
+        def read() -> dict:
+            content = manifest.read(path)
+            manifest.check_leaves(path, content, described, partial=partial)
+            return content
+
+        content, digests = self._together(f"the manifest of {path.name}", read, tell=manifest.digest)
+        self._check_shared(digests, f"Step {path.name} has another manifest")
+        return content
+
+    def _read_arrays(self, path: pathlib.Path, wanted: dict[str, Any]) -> dict[str, Any]:
+        """What Orbax reads of a checkpoint whose manifest and files have been checked."""
+        stored = {name: leaf for name, leaf in wanted.items() if leaf.size}
+        how = {name: _restore_args(leaf) for name, leaf in stored.items()}
+        args = ocp.args.PyTreeRestore(item=dict.fromkeys(stored, 0), restore_args=how, partial_restore=True)
+        try:
+            return self._orbax.restore(epath.Path(path / _STATE), args=args) if stored else {}
+        except Exception as error:
+            raise UnreadableCheckpointError(f"Checkpoint {path} cannot be read: {reason(error)}.") from error
+
+    # Agreeing
+
+    def _together(
+        self,
+        what: str,
+        action: Callable[[], _T],
+        agreement: Agreement | None = None,
+        tell: Callable[[_T], Any] = lambda result: result if isinstance(result, list | str) else None,
+    ) -> tuple[_T, list[Any]]:
+        """Does something in all processes, and raises in all of them if it failed in one.
+
+        Args:
+          what: for the message about a process that does not come.
+          action: what to do.
+          agreement: the sequence of exchanges this belongs to; that of the calls by default.
+          tell: what the others hear of the result.
+
+        Returns:
+          the result here, and what each process tells of its own.
+
+        Raises:
+          UserError: as it was raised here, or in another process; that of the first process counts, whose number it
+            tells unless all have failed. An error of another class is raised as it is where there is one process, and
+            as a UserError with the reason where there are several.
+        """
+        agreement = agreement or self._now
+        result, failed, problem, told = None, None, None, None
+        try:
+            result = action()
+            told = tell(result)
+        except Exception as error:
+            failed = error
+            kind = next((kind for kind in _KINDS if isinstance(error, _KINDS[kind])), None)
+            problem = (kind, str(error).rstrip(". ") if kind else reason(error))
+        said = agreement.exchange(what, (problem, told))
+        if failed is not None and agreement.processes == 1:
+            raise failed
+        problems = {process: problem for process, (problem, _) in enumerate(said) if problem}
+        if problems:
+            process, (kind, text) = next(iter(problems.items()))
+            who = f" (process {process} of {agreement.processes})" if len(problems) < agreement.processes else ""
+            raise _KINDS.get(kind, UserError)(f"{text}{who}.") from failed
+        return result, [told for _, told in said]  # pyright: ignore[reportReturnType]
+
+    def _agree_on_steps(self) -> list[int]:
+        """The steps of the complete checkpoints, which all processes see."""
+        deadline = time.monotonic() + VISIBLE_SECONDS
+        while True:
+            # Process 0 says whether there is time to look again, as clocks differ.
+            said = self._together(
+                "the list of checkpoints",
+                lambda: _complete(self.directory),
+                tell=lambda steps: [steps, time.monotonic() < deadline],
+            )[1]
+            lists = [steps for steps, _ in said]
+            if lists.count(lists[0]) == len(lists):
+                self._steps = lists[0]
+                return self._steps
+            if not said[0][1]:
+                self._check_shared(lists, "It has other checkpoints")
+            time.sleep(0.5)
+
+    def _check_shared(self, seen: list, difference: str) -> None:
+        """Raises UserError unless all processes see the same."""
+        for process, other in enumerate(seen):
+            if other != seen[0]:
+                shown = f" ({seen[0]} and {other})" if isinstance(other, list) else ""
+                raise UserError(
+                    f"{self.directory} is not the same folder for all processes. {difference} for process 0 than for "
+                    f"process {process} of {len(seen)}{shown}. Put it on storage that all hosts share."
+                )
+
+    def _warn(self, text: str, *values: Any) -> None:
+        """Warns once, however many processes there are."""
+        if self._now.process == 0:
+            log.warning(text, *values)
+
+
+_KINDS = {"unreadable": UnreadableCheckpointError, "user": UserError}  # errors that mean something; most special first
 
 
 def peek(directory: str | os.PathLike) -> dict:
@@ -294,6 +491,7 @@ def _to_arrays(state: Any) -> tuple[dict[str, jax.Array], dict[str, dict]]:
     for name, leaf in zip(path_names(state), jax.tree.leaves(state), strict=True):
         assert isinstance(leaf, jax.Array), f"{name} is {type(leaf)}; a state consists of JAX arrays"
         assert name not in leaves, f"two leaves of the state are called {name}"
+        assert jax.process_count() == 1 or not leaf.is_fully_addressable, f"{name} is an array of this process alone"
         leaves[name] = manifest.describe(leaf)
         if _is_key(leaf):
             leaves[name]["key"] = str(jax.random.key_impl(leaf))
@@ -316,14 +514,44 @@ def _restore_args(leaf: Any) -> ocp.RestoreArgs:
 
 def _from_array(array: Any, leaf: Any, key: str | None) -> jax.Array:
     """Makes the leaf that is wanted of what Orbax returned, which is None for an empty array."""
-    if key is not None and array is None:
-        array = jax.random.split(jax.random.key(0, impl=key), leaf.shape)
-    elif key is not None:
-        array = jax.random.wrap_key_data(jnp.array(array), impl=key)
+    # Under jit, since a device_put to devices of several processes compares the values of all, through the devices.
+    place = functools.partial(jax.jit, out_shardings=_sharding(leaf))
+    if array is None and key is not None:
+        array = place(lambda: jax.random.split(jax.random.key(0, impl=key), leaf.shape))()
     elif array is None:
-        array = jnp.zeros(leaf.shape, leaf.dtype)
+        array = place(lambda: jnp.zeros(leaf.shape, leaf.dtype))()
+    elif key is not None:
+        array = place(functools.partial(jax.random.wrap_key_data, impl=key))(np.array(array))
     elif not isinstance(array, jax.Array):
         array = jnp.array(array)  # not asarray, so that nobody else holds the memory
     if manifest.describe(array) != manifest.describe(leaf):
         raise ValueError(f"{manifest.describe(array)} was read where {manifest.describe(leaf)} was written")
-    return array if _sharding(leaf) is None else jax.device_put(array, _sharding(leaf))
+    return array
+
+
+def _run(coroutine: Coroutine[Any, Any, None]) -> None:
+    """Runs a coroutine to its end, in a thread of its own: in a notebook, this one has an event loop already."""
+    with ThreadPoolExecutor(max_workers=1) as pool:
+        pool.submit(asyncio.run, coroutine).result()
+
+
+def _in_time(seen: Callable[[], bool]) -> bool:
+    """Whether something is seen before `VISIBLE_SECONDS` have passed."""
+    deadline = time.monotonic() + VISIBLE_SECONDS
+    while not seen():
+        if time.monotonic() > deadline:
+            return False
+        time.sleep(0.1)
+    return True
+
+
+def _read_in_time(read: Callable[[], _T]) -> _T:
+    """What is read; tried again while files are missing, until `VISIBLE_SECONDS` have passed."""
+    deadline = time.monotonic() + VISIBLE_SECONDS
+    while True:
+        try:
+            return read()
+        except FileNotFoundError:
+            if time.monotonic() > deadline:
+                raise
+            time.sleep(0.1)
