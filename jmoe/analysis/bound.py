@@ -2,40 +2,24 @@
 
 The compiler counts the cycles of every fusion and matrix multiply. Of what it does not count (kernels, gathers,
 scatters, sorts) the bound takes the time that its bytes need at the bandwidth of the memory, or its FLOPs at the peak,
-whichever is more. A kernel declares its own. Nothing is run: a real step is slower.
+whichever is more. A kernel declares its own. What chips send each other takes what its bytes need over the links, less
+what the program does meanwhile. Nothing is run: a real step is slower.
 """
 
 import dataclasses
 import math
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping, Sequence
 
-GIB = 2.0**30
+from jmoe.analysis.chips import CHIPS as CHIPS
+from jmoe.analysis.chips import GIB as GIB
+from jmoe.analysis.chips import Chip as Chip
+from jmoe.analysis.collectives import Traffic, collectives, traffic
+from jmoe.analysis.hlo import Operation, Program, executed, parse, size
+from jmoe.analysis.hlo import array_elements as array_elements
 
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Chip:
-    """Public figures of one TPU chip.
-
-    Attributes:
-      clock: cycles per second.
-      flops: of bfloat16, per second.
-      bandwidth: bytes per second between the chip and its memory.
-      memory: usable bytes.
-    """
-
-    clock: float
-    flops: float
-    bandwidth: float
-    memory: float
-
-
-CHIPS = {
-    "v4": Chip(clock=1.05e9, flops=275e12, bandwidth=1228e9, memory=32 * GIB),
-    "v5e": Chip(clock=1.5e9, flops=197e12, bandwidth=819e9, memory=15.75 * GIB),
-    "v5p": Chip(clock=1.75e9, flops=459e12, bandwidth=2765e9, memory=95 * GIB),
-    "v6e": Chip(clock=1.75e9, flops=918e12, bandwidth=1640e9, memory=31.25 * GIB),
-}
+MOVED = ("gather", "scatter", "sort")
+UNKNOWN_CYCLES = 10**12  # what the compiler writes where it does not know
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -46,118 +30,156 @@ class Bound:
       compiler: of what the compiler counted in cycles.
       kernels: of Pallas kernels, from what they declare.
       others: of gathers, scatters and sorts, from their bytes.
+      collectives: of what chips send each other, as far as nothing else runs meanwhile.
+      traffic: the same by kind and axes of the mesh, with bytes.
       uncounted: how many operations of which kind have no figure at all, loops of unknown length above all.
     """
 
     compiler: float
     kernels: float
     others: float
+    collectives: float = 0.0
+    traffic: tuple[Traffic, ...] = ()
     uncounted: Mapping[str, int]
 
     @property
     def seconds(self) -> float:
-        """The sum: nothing is taken to overlap."""
-        return self.compiler + self.kernels + self.others
+        """The sum: nothing is taken to overlap, but for what the program does while chips send."""
+        return self.compiler + self.kernels + self.others + self.collectives
 
 
-@dataclasses.dataclass(frozen=True)
-class Operation:
-    """One line of a compiled program."""
+def bound(
+    hlo: str | Program,
+    chip: Chip,
+    *,
+    mesh: Mapping[str, int] | None = None,
+    coordinates: Sequence[Sequence[int]] | None = None,
+) -> Bound:
+    """Reads the bound off an optimised program.
 
-    name: str
-    shape: str  # of the result, such as "bf16[8,128]{1,0}", or a tuple of those
-    opcode: str
-    operands: tuple[str, ...]
-    line: str
-
-
-BYTES = {"pred": 1, "s8": 1, "u8": 1, "s16": 2, "u16": 2, "bf16": 2, "f16": 2, "s32": 4, "u32": 4, "f32": 4}
-BYTES |= {"s64": 8, "u64": 8, "f64": 8}
-MOVED = ("gather", "scatter", "sort")
-UNKNOWN_CYCLES = 10**12  # what the compiler writes where it does not know
-_ARRAY = re.compile(r"\b(" + "|".join(BYTES) + r")\[([\d,]*)\]")
-_OPERATION = re.compile(r"^\s*(?:ROOT )?%?([\w.\-]+) = (\(.*?\)|\S+) ([\w\-]+)\((.*)$")
-
-
-def bound(hlo: str, chip: Chip) -> Bound:
-    """Reads the bound off an optimised program, the text of `jax.stages.Compiled.as_text()`."""
-    program = parse(hlo)
+    Args:
+      hlo: the text of `jax.stages.Compiled.as_text()`, or what `parse` made of it.
+      chip: that it is compiled for.
+      mesh: the axes of the mesh and their sizes, `dict(mesh.shape)`, to say along which of them chips send.
+      coordinates: of the chips in the order of the mesh, `[d.coords for d in mesh.devices.flat]`; with them the time
+        of an exchange takes into account which links it can use.
+    """
+    program = parse(hlo) if isinstance(hlo, str) else hlo
     seconds = {"compiler": 0.0, "kernels": 0.0, "others": 0.0}
     uncounted: dict[str, int] = {}
     for operation, times in executed(program):
-        cycles = re.search(r'"estimated_cycles":"(\d+)"', operation.line)
-        kind = _kind(operation, program)
-        if operation.opcode == "while":  # of unknown length, or it would not be here
-            uncounted["while"] = uncounted.get("while", 0) + 1
-        elif operation.opcode == "custom-call":
-            if cost := re.search(r'"cost_estimate":\{"flops":"(\d+)".*?"bytes_accessed":"(\d+)"', operation.line):
-                seconds["kernels"] += times * max(int(cost[1]) / chip.flops, int(cost[2]) / chip.bandwidth)
-            elif "tpu_custom_call" in operation.line:
-                uncounted["kernel"] = uncounted.get("kernel", 0) + 1
-        elif cycles and int(cycles[1]) < UNKNOWN_CYCLES:
-            seconds["compiler"] += times * int(cycles[1]) / chip.clock
-        elif kind:
-            seconds["others"] += times * _moved_bytes(operation, kind, program) / chip.bandwidth
-    return Bound(**seconds, uncounted=uncounted)
+        part, least = _least(operation, program, chip)
+        if part in seconds:
+            seconds[part] += times * least
+        elif part:
+            uncounted[part] = uncounted.get(part, 0) + 1
+
+    def time_of(operations: Sequence[Operation]) -> float:
+        return sum(times * _least(one, program, chip)[1] for one, times in executed(program, operations))
+
+    rows = traffic(collectives(program), chip, mesh or {}, coordinates, time_of)
+    exposed = sum((row.exposed for row in rows), 0.0)
+    return Bound(**seconds, collectives=exposed, traffic=rows, uncounted=uncounted)
 
 
-def array_elements(hlo: str) -> set[int]:
-    """How many elements the arrays anywhere in a program have, fusions included."""
-    return {_product(axes) for _, axes in _ARRAY.findall(hlo)}
+def _least(operation: Operation, program: Program, chip: Chip) -> tuple[str, float]:
+    """The part of the bound that an operation belongs to and its least time; or what kind of it is not counted."""
+    cycles = re.search(r'"estimated_cycles":"(\d+)"', operation.line)
+    kind = _kind(operation, program)
+    if operation.opcode in ("while", "conditional"):  # of unknown length, or it would not be here
+        return operation.opcode, 0.0
+    if operation.opcode == "custom-call":
+        if declared := _declared(operation):
+            return "kernels", max(declared[0] / chip.flops, declared[1] / chip.bandwidth)
+        return "kernel" if "tpu_custom_call" in operation.line else "", 0.0
+    if cycles and int(cycles[1]) < UNKNOWN_CYCLES:
+        return "compiler", int(cycles[1]) / chip.clock
+    if kind:
+        return "others", _moved_bytes(operation, kind, program) / chip.bandwidth
+    return "", 0.0
 
 
-@dataclasses.dataclass(frozen=True)
-class Program:
-    """The computations of a program, by name, each a mapping of operations by name."""
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Work:
+    """What a program computes and moves on one chip.
 
-    entry: str
-    computations: Mapping[str, Mapping[str, Operation]]
+    Attributes:
+      flops: of matrix multiplies and what kernels declare, two for a multiply-add.
+      bytes: read and written, those in memory on the chip included.
+    """
 
-
-def parse(hlo: str) -> Program:
-    """Reads the text of a compiled program."""
-    computations: dict[str, dict[str, Operation]] = {}
-    entry = current = ""
-    for line in hlo.splitlines():
-        if head := re.match(r"^(ENTRY )?%?([\w.\-]+) \(.*\{\s*$", line):
-            current = head[2]
-            computations[current] = {}
-            entry = current if head[1] else entry
-        elif current and (found := _OPERATION.match(line)):
-            name, shape, opcode, rest = found.groups()
-            operands = tuple(re.findall(r"%([\w.\-]+)", rest[: _end_of_operands(rest)]))
-            computations[current][name] = Operation(name, shape, opcode, operands, line)
-    return Program(entry, computations)
+    flops: float
+    bytes: float
 
 
-def executed(program: Program, computation: str | None = None, times: int = 1) -> Iterator[tuple[Operation, int]]:
-    """Yields every operation that runs and how often; loops of unknown length once, after a `while` that says so."""
-    for operation in program.computations[computation or program.entry].values():
-        if operation.opcode == "while":
-            count = re.search(r'"known_trip_count":\{"n":"(\d+)"\}', operation.line)
-            if not count:
-                yield operation, times
-            yield from executed(program, _called(operation, "body"), times * (int(count[1]) if count else 1))
-        elif operation.opcode == "call":
-            yield from executed(program, _called(operation, "to_apply"), times)
-        else:
-            yield operation, times
+def repeated(program: Program) -> Work:
+    """What the loops of a program add to its `cost_analysis()`, which counts the body of a loop once.
+
+    FLOPs are those of matrix multiplies and kernels; bytes are operands and results.
+    """
+    flops = bytes_ = 0.0
+    for operation, times in executed(program):
+        if times > 1 and operation.opcode not in ("parameter", "tuple", "get-tuple-element", "bitcast", "constant"):
+            flops += (times - 1) * matmul_flops(operation, program)
+            inputs = sum(size(operand.shape) for operand in program.operands(operation))
+            bytes_ += (times - 1) * (inputs + size(operation.shape))
+    return Work(flops=flops, bytes=bytes_)
 
 
-def size(shape: str) -> int:
-    """Bytes of a shape, or of all in a tuple."""
-    return sum(BYTES[dtype] * _product(axes) for dtype, axes in _ARRAY.findall(shape))
+def matmul_flops(operation: Operation, program: Program) -> float:
+    """Of a matrix multiply, a kernel, or a fusion of them."""
+    if operation.opcode == "fusion":
+        return sum(matmul_flops(inner, program) for inner in program.called(operation, "calls").values())
+    if operation.opcode == "convolution":
+        return _convolution_flops(operation, program)
+    if operation.opcode == "dot":
+        left = _axes(program.operands(operation)[0].shape)
+        contracted = re.search(r"lhs_contracting_dims=\{([\d,]*)\}", operation.line)
+        inner = math.prod(left[int(i)] for i in contracted[1].split(",")) if contracted and contracted[1] else 1
+        return 2.0 * math.prod(_axes(operation.shape)) * inner
+    declared = _declared(operation) if operation.opcode == "custom-call" else None
+    return float(declared[0]) if declared else 0.0
 
 
-def _product(axes: str) -> int:
-    """Of axes as they are written, such as "8,128"."""
-    return math.prod(int(axis) for axis in axes.split(",") if axis)
+def _convolution_flops(operation: Operation, program: Program) -> float:
+    """Two for every pair of an input and a weight that meet; on TPU all matrix multiplies are convolutions.
+
+    Those of a batch have it as a spatial axis, padded and dilated such that each meets only its own weight.
+    """
+    image, kernel = (_axes(operand.shape) for operand in program.operands(operation)[:2])
+    out = _axes(operation.shape)
+    labels = re.search(r"dim_labels=(\w+)_(\w+)->(\w+)", operation.line)
+    assert labels, operation.line
+    window = re.search(r"window=\{(.*?)\}", operation.line)
+    options = dict(re.findall(r"(\w+)=([\dx_\-]+)", window[1])) if window else {}
+    pairs = 1
+    for digit in sorted(set(labels[1]) - {"b", "f"}):
+        i = int(digit)
+        low, _ = _option(options, "pad", i, "0_0").split("_")
+        stride, left, right = (int(_option(options, name, i, "1")) for name in ("stride", "lhs_dilate", "rhs_dilate"))
+        length, taps = image[labels[1].index(digit)], kernel[labels[2].index(digit)]
+        reach = (length - 1) * left + 1
+        # Positions of the output and taps of the window that meet an input: neither padding nor between two inputs.
+        places = [o * stride + t * right - int(low) for o in range(out[labels[3].index(digit)]) for t in range(taps)]
+        pairs *= sum(0 <= place < reach and place % left == 0 for place in places)
+    groups = re.search(r"batch_group_count=(\d+)", operation.line)
+    batch = image[labels[1].index("b")] // (int(groups[1]) if groups else 1)
+    return 2.0 * pairs * batch * kernel[labels[2].index("i")] * out[labels[3].index("f")]
 
 
-def _called(operation: Operation, attribute: str) -> str:
-    found = re.search(rf"\b{attribute}=%?([\w.\-]+)", operation.line)
-    assert found, operation.line
-    return found[1]
+def _option(options: Mapping[str, str], name: str, i: int, otherwise: str) -> str:
+    return options[name].split("x")[i] if name in options else otherwise
+
+
+def _axes(shape: str) -> tuple[int, ...]:
+    found = re.search(r"\[([\d,]*)\]", shape)
+    return tuple(int(axis) for axis in found[1].split(",") if axis) if found else ()
+
+
+def _declared(operation: Operation) -> tuple[int, int] | None:
+    """FLOPs and bytes that a kernel declares."""
+    cost = re.search(r'"cost_estimate":\{"flops":"(\d+)".*?"bytes_accessed":"(\d+)"', operation.line)
+    return (int(cost[1]), int(cost[2])) if cost else None
 
 
 def _kind(operation: Operation, program: Program) -> str | None:
@@ -165,32 +187,16 @@ def _kind(operation: Operation, program: Program) -> str | None:
     if operation.opcode in MOVED:
         return operation.opcode
     if operation.opcode == "fusion":
-        inner = {inner.opcode for inner in program.computations[_called(operation, "calls")].values()}
+        inner = {inner.opcode for inner in program.called(operation, "calls").values()}
         return next((kind for kind in MOVED if kind in inner), None)
     return None
 
 
 def _moved_bytes(operation: Operation, kind: str, program: Program) -> int:
     """What must be moved at least: a gather reads what it writes, a scatter writes what its updates hold."""
-    inputs = [size(known.shape) for known in _operands(operation, program)]
+    inputs = [size(known.shape) for known in program.operands(operation)]
     if kind == "gather":
         return 2 * size(operation.shape)
     if kind == "scatter":
         return 2 * sum(sorted(inputs)[:-1])
     return sum(inputs) + size(operation.shape)
-
-
-def _operands(operation: Operation, program: Program) -> list[Operation]:
-    for operations in program.computations.values():
-        if operations.get(operation.name) is operation:
-            return [operations[name] for name in operation.operands if name in operations]
-    return []
-
-
-def _end_of_operands(rest: str) -> int:
-    depth = 1
-    for i, character in enumerate(rest):
-        depth += (character == "(") - (character == ")")
-        if depth == 0:
-            return i
-    return len(rest)

@@ -4,7 +4,8 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from jmoe.analysis.bound import CHIPS, Bound, Chip, array_elements, bound, executed, parse, size
+from jmoe.analysis.bound import CHIPS, Bound, Chip, bound
+from jmoe.analysis.hlo import array_elements, executed, parse, size
 from tests.aot import compile_for
 
 CHIP = Chip(clock=1000.0, flops=1e6, bandwidth=100.0, memory=1.0)

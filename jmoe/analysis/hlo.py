@@ -1,0 +1,154 @@
+"""Reads the text of a compiled program, `jax.stages.Compiled.as_text()`."""
+
+import dataclasses
+import math
+import re
+from collections.abc import Iterable, Iterator, Mapping
+
+BYTES = {"pred": 1, "s8": 1, "u8": 1, "s16": 2, "u16": 2, "bf16": 2, "f16": 2, "s32": 4, "u32": 4, "f32": 4}
+BYTES |= {"s64": 8, "u64": 8, "f64": 8}
+_ARRAY = re.compile(r"\b(" + "|".join(BYTES) + r")\[([\d,]*)\]")
+_OPERATION = re.compile(r"^\s*(?:ROOT )?%?([\w.\-]+) = (\(.*?\)|\S+) ([\w\-]+)\((.*)$")
+
+
+@dataclasses.dataclass(frozen=True)
+class Operation:
+    """One line of a compiled program."""
+
+    name: str
+    shape: str  # of the result, such as "bf16[8,128]{1,0}", or a tuple of those
+    opcode: str
+    operands: tuple[str, ...]
+    line: str
+    computation: str  # that it belongs to
+
+    @property
+    def is_root(self) -> bool:
+        """Whether its result is that of its computation."""
+        return self.line.lstrip().startswith("ROOT ")
+
+
+@dataclasses.dataclass(frozen=True)
+class Program:
+    """The computations of a program, by name, each a mapping of operations by name, in the order in which they run."""
+
+    entry: str
+    computations: Mapping[str, Mapping[str, Operation]]
+    partitions: int = 1  # devices that run it together
+
+    def operands(self, operation: Operation) -> list[Operation]:
+        """Those that compute what an operation reads."""
+        known = self.computations[operation.computation]
+        return [known[name] for name in operation.operands if name in known]
+
+    def called(self, operation: Operation, attribute: str) -> Mapping[str, Operation]:
+        """The computation that an operation names, such as calls=%fused."""
+        return self.computations[called(operation, attribute)]
+
+
+def parse(hlo: str) -> Program:
+    """Reads the text of a compiled program."""
+    computations: dict[str, dict[str, Operation]] = {}
+    entry = current = ""
+    partitions = re.search(r"^HloModule .*\bnum_partitions=(\d+)", hlo)
+    for line in hlo.splitlines():
+        if head := re.match(r"^(ENTRY )?%?([\w.\-]+) \(.*\{\s*$", line):
+            current = head[2]
+            computations[current] = {}
+            entry = current if head[1] else entry
+        elif current and (found := _OPERATION.match(line)):
+            name, shape, opcode, rest = found.groups()
+            operands = tuple(re.findall(r"%([\w.\-]+)", rest[: _end_of_operands(rest)]))
+            computations[current][name] = Operation(name, shape, opcode, operands, line, current)
+    return Program(entry, computations, int(partitions[1]) if partitions else 1)
+
+
+def executed(
+    program: Program, operations: Iterable[Operation] | None = None, times: int = 1
+) -> Iterator[tuple[Operation, int]]:
+    """Yields every operation that runs and how often; loops of unknown length once, after a `while` that says so.
+
+    Args:
+      program: the program.
+      operations: of one computation, with those of the loops among them; all of the program if None.
+      times: how often these run.
+    """
+    if operations is None:
+        operations = program.computations[program.entry].values()
+    for operation in operations:
+        if operation.opcode == "while":
+            count = trip_count(program, operation)
+            if count is None:
+                yield operation, times
+            yield from executed(program, program.called(operation, "body").values(), times * (count or 1))
+        elif operation.opcode == "call":
+            yield from executed(program, program.called(operation, "to_apply").values(), times)
+        else:
+            yield operation, times
+
+
+def trip_count(program: Program, operation: Operation) -> int | None:
+    """How often the body of a while loop runs; None where neither the compiler says it nor the loop shows it.
+
+    A loop shows it if it counts up to a constant, as `jax.lax.scan` does: by ones from a constant, while the counter
+    is less than another.
+    """
+    if count := re.search(r'"known_trip_count":\{"n":"(\d+)"\}', operation.line):
+        return int(count[1])
+    root = _root(program.called(operation, "condition"))
+    body = _root(program.called(operation, "body"))
+    if root is None or body is None or root.opcode != "compare" or "direction=LT" not in root.line:
+        return None
+    counter, limit = program.operands(root)
+    index = re.search(r"\bindex=(\d+)", counter.line) if counter.opcode == "get-tuple-element" else None
+    start = program.operands(operation)[0]
+    if index is None or body.opcode != "tuple" or start.opcode != "tuple":
+        return None
+    first = _constant(program, program.operands(start)[int(index[1])])
+    last = _constant(program, limit)
+    step = program.operands(body)[int(index[1])]
+    counts = step.opcode == "add" or (step.opcode == "fusion" and "add" in step.name)
+    return max(last - first, 0) if counts and first is not None and last is not None else None
+
+
+def _root(operations: Mapping[str, Operation]) -> Operation | None:
+    return next((operation for operation in operations.values() if operation.is_root), None)
+
+
+def _constant(program: Program, operation: Operation) -> int | None:
+    """The whole number that an operation always has."""
+    while operation.opcode in ("copy", "convert", "bitcast"):
+        operation = program.operands(operation)[0]
+    found = re.search(r"\bconstant\((-?\d+)\)", operation.line)
+    return int(found[1]) if found else None
+
+
+def size(shape: str) -> int:
+    """Bytes of a shape, or of all in a tuple."""
+    return sum(BYTES[dtype] * math.prod(axes) for dtype, axes in arrays(shape))
+
+
+def arrays(text: str) -> list[tuple[str, tuple[int, ...]]]:
+    """The dtype and the axes of every array that a text mentions."""
+    return [(dtype, tuple(int(axis) for axis in axes.split(",") if axis)) for dtype, axes in _ARRAY.findall(text)]
+
+
+def array_elements(hlo: str) -> set[int]:
+    """How many elements the arrays anywhere in a program have, fusions included."""
+    return {math.prod(axes) for _, axes in arrays(hlo)}
+
+
+def called(operation: Operation, attribute: str) -> str:
+    """The name of the computation that an operation names by an attribute."""
+    found = re.search(rf"\b{attribute}=%?([\w.\-]+)", operation.line)
+    assert found, operation.line
+    return found[1]
+
+
+def _end_of_operands(rest: str) -> int:
+    depth = 1
+    for i, character in enumerate(rest):
+        depth += (character == "(") - (character == ")")
+        if depth == 0:
+            return i
+    return len(rest)
