@@ -9,7 +9,10 @@ import numpy as np
 import pytest
 from flax import nnx
 
+from jmoe.analysis.cost import forward_cost
+from jmoe.errors import UserError
 from jmoe.models.vit import VisionTransformer
+from jmoe.train.config import total_steps
 from jmoe.train.config_json import from_json, to_json
 from jmoe.train.experiment import load_experiment
 from jmoe.train.loop import train
@@ -35,6 +38,11 @@ def test_all_experiments_are_looked_at():
         "digits_transport",
         "digits_upcycled",
         "digits_vmoe",
+        "vmoe_15b_imagenet21k",
+        "vmoe_b16_imagenet21k",
+        "vmoe_h14_imagenet21k",
+        "vmoe_l16_imagenet21k",
+        "vmoe_s32_imagenet1k",
     ]
 
 
@@ -45,6 +53,41 @@ def test_an_experiment_can_be_read_and_saved(name):
     text = ast.get_docstring(ast.parse((FOLDER / f"{name}.py").read_text()))
     assert f"jmoe train experiments/{name}.py --workdir" in text
     assert name in (FOLDER / "README.md").read_text()
+
+
+# Millions of parameters as published (google-research/vmoe for the first two, the paper for the others), with as many
+# classes; and the dataset that the experiment trains on.
+PUBLISHED = {
+    "vmoe_s32_imagenet1k": ("57.00", 1000, "imagenet2012"),
+    "vmoe_b16_imagenet21k": ("300.97", 21_843, "imagenet21k"),
+    "vmoe_l16_imagenet21k": ("3446.0", 18_291, "imagenet21k"),
+    "vmoe_h14_imagenet21k": ("2688.6", 18_291, "imagenet21k"),
+    "vmoe_15b_imagenet21k": ("14705.1", 29_593, "imagenet21k"),
+}
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_a_published_model_has_its_parameters(name):
+    millions, classes, _ = PUBLISHED[name]
+    config = experiment(name, f"model.num_classes={classes}")
+    decimals = len(millions.partition(".")[2])
+    assert f"{forward_cost(config.model).parameters / 1e6:.{decimals}f}" == millions
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_training_a_published_model_says_which_dataset_is_missing(name, tmp_path, monkeypatch):
+    monkeypatch.setenv("JMOE_DATA_DIR", str(tmp_path / "datasets"))
+    dataset = PUBLISHED[name][2]
+    with pytest.raises(UserError, match=f"^The dataset '{dataset}' is not prepared in {tmp_path}/datasets"):
+        train(experiment(name), tmp_path / "run")
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_a_published_schedule_fits_its_steps(name):
+    config = experiment(name)
+    rate = config.optimizer.learning_rate(total_steps(config))
+    assert float(rate(10_000)) == pytest.approx(config.optimizer.peak_lr)
+    assert float(rate(config.steps)) <= 1e-5
 
 
 def flops(config):

@@ -154,7 +154,16 @@ def _find_or_prepare(name: str, data_dir: str | None) -> Any:
         raise _cannot_prepare(name, data_dir, error) from error
     try:
         with contextlib.redirect_stdout(sys.stderr):  # what it reports is not the output of our command
-            builder = tfds.builder(name, data_dir=data_dir, file_format="array_record")
+            builder: Any = tfds.builder(name, data_dir=data_dir, file_format="array_record")
+    except tfds.core.DatasetNotFoundError as error:
+        raise UserError(
+            f"The dataset {name!r} is not prepared in {_folder(data_dir)}, and TFDS has no builder of that name to "
+            "prepare it. Write a builder with the features 'image' and 'label' and prepare it there in the array_record"
+            " format, name the folder that has it by data_dir or $JMOE_DATA_DIR, or train on a folder of images with "
+            "ImageFolder."
+        ) from error
+    try:
+        with contextlib.redirect_stdout(sys.stderr):
             builder.download_and_prepare()
     except Exception as error:  # TFDS passes on whatever the network, the disk or the builder's own code raised
         raise _cannot_prepare(name, data_dir, error) from error
@@ -162,15 +171,22 @@ def _find_or_prepare(name: str, data_dir: str | None) -> Any:
 
 
 def _cannot_prepare(name: str, data_dir: str | None, error: Exception) -> UserError:
+    folder = _folder(data_dir)
+    if isinstance(error, AssertionError) and str(error).startswith("Manual directory"):
+        reason = f"must be downloaded by hand first, into {os.path.join(folder, 'downloads', 'manual')}"
+    else:
+        reason = f"could not be prepared here ({type(error).__name__}: {first_line(error)})"
+    return UserError(
+        f"The dataset {name!r} is not prepared in {folder} and {reason}. Prepare it where TensorFlow and the network "
+        f"are, with `tfds build {name} --file_format=array_record --data_dir={folder}`, or name the folder that has it "
+        "by data_dir or $JMOE_DATA_DIR."
+    )
+
+
+def _folder(data_dir: str | None) -> str:
     from tensorflow_datasets.core.constants import DATA_DIR
 
-    folder = data_dir or DATA_DIR
-    return UserError(
-        f"The dataset {name!r} is not prepared in {folder} and could not be prepared here "
-        f"({type(error).__name__}: {first_line(error)}). Prepare it where TensorFlow and the network are, with "
-        f"`tfds build {name} --file_format=array_record --data_dir={folder}`, or name the folder that has it by "
-        "data_dir or $JMOE_DATA_DIR."
-    )
+    return data_dir or DATA_DIR
 
 
 def _label_feature(builder: Any, dataset: str) -> Any:

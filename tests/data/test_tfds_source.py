@@ -92,15 +92,40 @@ def test_records_can_be_sent_to_another_process(source):
     np.testing.assert_array_equal(copy[2]["image"], records[2]["image"])
 
 
-def test_an_unknown_dataset_is_named_with_where_it_was_looked_for_and_what_to_do(tmp_path):
+def sentence_without(name, folder):
     with pytest.raises(UserError) as caught:
-        TFDS("no_such_images", data_dir=os.fspath(tmp_path)).open("train")
+        TFDS(name, data_dir=os.fspath(folder)).open("train")
     message = str(caught.value)
-    assert message.startswith(
-        f"The dataset 'no_such_images' is not prepared in {tmp_path} and could not be prepared here"
-    )
-    assert f"`tfds build no_such_images --file_format=array_record --data_dir={tmp_path}`" in message
+    assert message.startswith(f"The dataset '{name}' is not prepared in {folder}")
     assert "\n" not in message
+    return message.removeprefix(f"The dataset '{name}' is not prepared in {folder}")
+
+
+@pytest.mark.parametrize("name", ["no_such_images", "imagenet21k"])
+def test_a_dataset_that_tfds_does_not_know_is_named_with_where_it_was_looked_for(name, tmp_path):
+    assert sentence_without(name, tmp_path) == (
+        ", and TFDS has no builder of that name to prepare it. Write a builder with the features 'image' and 'label' "
+        "and prepare it there in the array_record format, name the folder that has it by data_dir or $JMOE_DATA_DIR, "
+        "or train on a folder of images with ImageFolder."
+    )
+
+
+def test_a_dataset_to_be_downloaded_by_hand_says_into_which_folder(tmp_path):
+    message = sentence_without("imagenet2012", tmp_path)
+    assert message.startswith(
+        f" and must be downloaded by hand first, into {tmp_path / 'downloads' / 'manual'}. Prepare"
+    )
+    assert f"`tfds build imagenet2012 --file_format=array_record --data_dir={tmp_path}`" in message
+
+
+def test_a_dataset_that_cannot_be_prepared_says_why(tmp_path, monkeypatch):
+    def fails(self, *args, **kwargs):
+        raise OSError("no network\nand a second line")
+
+    monkeypatch.setattr(JmoeTestImages, "download_and_prepare", fails)
+    message = sentence_without("jmoe_test_images", tmp_path)
+    assert message.startswith(" and could not be prepared here (OSError: no network). Prepare it where TensorFlow")
+    assert f"`tfds build jmoe_test_images --file_format=array_record --data_dir={tmp_path}`" in message
 
 
 def test_an_unknown_split_is_named(source):
