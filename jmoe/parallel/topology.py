@@ -2,6 +2,7 @@
 
 import functools
 import importlib.util
+import math
 import os
 import warnings
 from collections.abc import Callable
@@ -23,6 +24,8 @@ ENVIRONMENT = {
 }
 GENERATIONS = ("v4", "v5e", "v5p", "v6e")
 ONE_CHIP = {"v4": "v4:2x2x1", "v5e": "v5e:1x1", "v5p": "v5p:2x2x1", "v6e": "v6e:1x1"}  # the smallest slice of each
+# Chips in each direction of the largest slice that there is of each; libtpu would compile for larger ones.
+LARGEST = {"v4": (16, 16, 16), "v5e": (16, 16), "v5p": (16, 20, 28), "v6e": (16, 16)}
 
 
 @functools.cache
@@ -40,6 +43,12 @@ def topology_devices(topology: str) -> tuple[jax.Device, ...]:
         raise UserError(
             f"There is no TPU topology {topology!r}; use one of {', '.join(GENERATIONS)} with the chips in each "
             "direction, such as v5e:4x4 or v5p:2x2x2."
+        )
+    if topology != (nearest := nearest_topology(topology)):
+        largest, directions = "x".join(map(str, LARGEST[generation])), len(LARGEST[generation])
+        raise UserError(
+            f"There is no TPU topology {topology!r}: slices of {generation} have {directions} directions, "
+            f"hosts of 2x2 chips, and at most {largest} chips. The nearest is {nearest}."
         )
     if importlib.util.find_spec("libtpu") is None:
         raise UserError("Compiling for a TPU needs its compiler, libtpu: pip install 'jmoe[plan]'.")
@@ -60,6 +69,31 @@ def topology_devices(topology: str) -> tuple[jax.Device, ...]:
             f"libtpu refuses the topology {topology!r}: {reason} Hosts have 2x2 chips, so that v5e:2x2, v5e:4x4 or "
             "v5p:2x2x1 exist."
         ) from None
+
+
+def nearest_topology(topology: str) -> str:
+    """The topology that exists and has about as many chips in each direction; the same where it exists.
+
+    Args:
+      topology: such as "v5e:3x5", of a generation that exists.
+    """
+    generation, _, shape = topology.partition(":")
+    largest = LARGEST[generation]
+    sizes = [int(size or 1) for size in shape.split("x")]
+    if len(largest) == 2 and all(size == 1 for size in sizes):
+        return ONE_CHIP[generation]
+    if len(sizes) < len(largest):
+        sizes += [1] * (len(largest) - len(sizes))
+    elif len(sizes) > len(largest):  # the chips of further directions go to the last
+        kept = len(largest)
+        sizes = [*sizes[: kept - 1], math.prod(sizes[kept - 1 :])]
+    # A host has two chips in each of the first two directions.
+    sizes = [max(2, size + size % 2) if d < 2 else max(1, size) for d, size in enumerate(sizes)]
+    # The largest slice lies any way round.
+    order = sorted(range(len(sizes)), key=lambda d: sizes[d])
+    for d, limit in zip(order, sorted(largest), strict=True):
+        sizes[d] = min(sizes[d], limit)
+    return f"{generation}:{'x'.join(map(str, sizes))}"
 
 
 def compile_for_chip(generation: str, function: Callable[..., Any], *shapes: Any) -> jax.stages.Compiled:

@@ -21,7 +21,18 @@ def test_a_topology_has_its_chips(topology, chips):
     [
         ("v5e", "There is no TPU topology 'v5e'; use one of v4, v5e, v5p, v6e with the chips in each direction"),
         ("h100:8", "There is no TPU topology 'h100:8'; use one of"),
-        ("v5e:3x3", "libtpu refuses the topology 'v5e:3x3': .* Hosts have 2x2 chips"),
+        (
+            "v5e:3x3",
+            "There is no TPU topology 'v5e:3x3': slices of v5e have 2 directions, hosts of 2x2 chips, and at most "
+            r"16x16 chips. The nearest is v5e:4x4\.",
+        ),
+        ("v5p:3x2x0", r"The nearest is v5p:4x2x1\."),
+        ("v5e:32x8", r"The nearest is v5e:16x8\."),
+        ("v5e:2x2x2", r"The nearest is v5e:2x4\."),
+        ("v5p:8x8", r"The nearest is v5p:8x8x1\."),
+        ("v5p:1x1x1", r"The nearest is v5p:2x2x1\."),
+        ("v5p:64x16x16", r"at most 16x20x28 chips\. The nearest is v5p:28x16x16\."),
+        ("v6e:1x2", r"The nearest is v6e:2x2\."),
     ],
 )
 def test_one_that_does_not_exist_is_refused(topology, sentence):
