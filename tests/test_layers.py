@@ -16,7 +16,7 @@ AFTER_MODELS = {"evaluate", "convert", "analysis"}  # know not each other
 
 MAY_IMPORT = {"kernels_pallas": set()} | dict.fromkeys(LEAVES, LEAVES)
 MAY_IMPORT |= {part: LEAVES | set(LINE[:i]) for i, part in enumerate(LINE) if i}
-MAY_IMPORT |= dict.fromkeys(BESIDE, LEAVES)
+MAY_IMPORT |= {"data": LEAVES, "parallel": LEAVES | {"kernels_pallas"}}
 MAY_IMPORT |= {"linen": MAY_IMPORT["models"]} | {part: LEAVES | set(LINE) for part in AFTER_MODELS}
 MAY_IMPORT["train"] = LEAVES | set(LINE) | AFTER_MODELS | BESIDE
 MAY_IMPORT["cli"] = MAY_IMPORT["train"] | {"train"}

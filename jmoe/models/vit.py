@@ -1,6 +1,7 @@
 """The vision transformer, dense and sparse (V-MoE, arXiv:2106.05974; ViT, arXiv:2010.11929)."""
 
 import dataclasses
+import functools
 import math
 import re
 import typing
@@ -13,6 +14,7 @@ from flax import nnx
 from jmoe.nn.attention import AttentionPool
 from jmoe.nn.block import Block
 from jmoe.nn.ensemble import repeat_members
+from jmoe.nn.exchange import EXCHANGED, ONE_DEVICE, Exchange
 from jmoe.nn.mlp import drop
 from jmoe.nn.moe import MoEConfig
 from jmoe.nn.patches import PatchEmbedding, patch_grid, sincos2d
@@ -221,6 +223,7 @@ class VisionTransformer(nnx.Module):
         *,
         mask: Bool[Array, " B"] | None = None,
         key: PRNGKeyArray | None = None,
+        exchange: Exchange = ONE_DEVICE,
     ) -> Output:
         """Classifies images.
 
@@ -228,6 +231,7 @@ class VisionTransformer(nnx.Module):
           images: [B, Y, X, channels], of config.image_size, scaled as in training (from -1 to 1 in our experiments).
           mask: [B], False for images that fill up a batch: they take no expert's slot and count in no loss or metric.
           key: randomness of training (noise of the gates, dropout); None for evaluation, which has neither.
+          exchange: how tokens get to experts on other devices, such as `jmoe.parallel.Exchange(mesh)`.
 
         Returns:
           an Output.
@@ -242,18 +246,21 @@ class VisionTransformer(nnx.Module):
                 f"{images.shape[1:]}. Resize them, or set image_size and channels in ViTConfig."
             )
         keys = [None] * (config.depth + 1) if key is None else list(jax.random.split(key, config.depth + 1))
-        x = self._tokens(images)
+        x = exchange.split(self._tokens(exchange.split(images)))
         x = drop(x, config.dropout, keys[-1])
         token_mask = None if mask is None else jnp.broadcast_to(mask[:, None], x.shape[:2])
 
         losses: dict[str, Array] = {}
         metrics, routing = {}, {}
-        apply = nnx.remat(_apply_block) if config.remat else _apply_block
+        apply = functools.partial(_apply_block, exchange=exchange)
+        if config.remat:  # but nothing is sent twice
+            apply = nnx.remat(apply, policy=jax.checkpoint_policies.save_only_these_names(EXCHANGED))
         for i, block in enumerate(self.blocks):
             if config.members > 1 and i == config.moe_layers[0]:
                 x = repeat_members(x, config.members)
                 token_mask = None if token_mask is None else repeat_members(token_mask, config.members)
             x, sparse = apply(block, x, token_mask, keys[i])
+            x = exchange.split(x)
             if sparse is not None:
                 for name, loss in sparse.losses.items():
                     losses[name] = losses.get(name, 0.0) + loss
@@ -295,8 +302,8 @@ def moe_of_block(config: ViTConfig) -> MoEConfig:
     return dataclasses.replace(config.moe, hidden_dim=config.moe.hidden_dim or config.hidden_dim)
 
 
-def _apply_block(block: Block, x: Array, mask: Array | None, key: PRNGKeyArray | None):
-    return block(x, mask=mask, key=key)
+def _apply_block(block: Block, x: Array, mask: Array | None, key: PRNGKeyArray | None, *, exchange: Exchange):
+    return block(x, mask=mask, key=key, exchange=exchange)
 
 
 # Published sizes: width, depth, hidden_dim, num_heads.

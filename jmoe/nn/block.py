@@ -4,6 +4,7 @@ import jax
 from flax import nnx
 
 from jmoe.nn.attention import attention
+from jmoe.nn.exchange import ONE_DEVICE, Exchange
 from jmoe.nn.mlp import Mlp, drop
 from jmoe.nn.moe import MoEConfig, MoEMlp, MoEOutput
 from jmoe.notation import Array, Bool, Float, PRNGKeyArray
@@ -40,11 +41,12 @@ class Block(nnx.Module):
         *,
         mask: Bool[Array, "B T"] | None = None,
         key: PRNGKeyArray | None = None,
+        exchange: Exchange = ONE_DEVICE,
     ) -> tuple[Float[Array, "B T D"], MoEOutput | None]:
-        """Applies the block; the second result is None for a dense one."""
+        """Applies the block; the second result is None for a dense one. The exchange is that of the sparse layer."""
         attention_key, mlp_key = (None, None) if key is None else jax.random.split(key)
         x += drop(self.attention(self.norm_1(x), deterministic=True), self.dropout, attention_key)
         if not hasattr(self, "moe"):
             return x + self.mlp(self.norm_2(x), key=mlp_key), None
-        output = self.moe(self.norm_2(x), mask=mask, key=mlp_key)
+        output = self.moe(self.norm_2(x), mask=mask, key=mlp_key, exchange=exchange)
         return x + output.y, output

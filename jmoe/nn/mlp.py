@@ -1,7 +1,7 @@
 """The two-layer perceptron of a transformer block, dense and as E experts side by side."""
 
 import functools
-from typing import Literal
+from typing import ClassVar, Literal
 
 import jax
 import jax.numpy as jnp
@@ -44,6 +44,8 @@ class Mlp(nnx.Module):
 
 class ExpertMlp(nnx.Module):
     """E perceptrons side by side, each with its own tokens."""
+
+    AXES: ClassVar = {"w_in": "EDF", "b_in": "EF", "w_out": "EFD", "b_out": "ED"}  # of the parameters
 
     def __init__(
         self,

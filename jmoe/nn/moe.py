@@ -1,15 +1,20 @@
 """The sparse layer: gate, router, dispatch, experts, combine."""
 
 import dataclasses
+import functools
 import logging
+import math
 import typing
 from collections.abc import Callable, Iterable
 from typing import Any, Literal
 
 import jax
+import jax.numpy as jnp
 from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
 
 from jmoe.dispatch import Implementation, Method, Ragged, combine, dispatch, resolve, rounded, through
+from jmoe.nn.exchange import EXCHANGED, ONE_DEVICE, Carrier, Exchange
 from jmoe.nn.gate import default_gate
 from jmoe.nn.groups import from_groups, group_length, say_once, to_groups
 from jmoe.nn.mlp import ExpertInit, ExpertMlp
@@ -168,6 +173,7 @@ class MoEMlp(nnx.Module):
         *,
         mask: Bool[Array, "B T"] | None = None,
         key: PRNGKeyArray | None = None,
+        exchange: Exchange = ONE_DEVICE,
     ) -> MoEOutput:
         """Applies the layer.
 
@@ -177,18 +183,20 @@ class MoEMlp(nnx.Module):
           mask: [B, T], False for padding: never routed, takes no slot, counts in no loss or metric, and comes back
             as zeros.
           key: randomness of training (noise of the gate, dropout); None for evaluation, which has neither.
+          exchange: how tokens get to experts on other devices, such as `jmoe.parallel.Exchange(mesh)`.
 
         Returns:
           a MoEOutput; y has the dtype of x.
 
         Raises:
-          ValueError: the router cannot route such groups (no slot for an expert, say), or the groups, or the gate, do
-            not fit the members of an ensemble.
+          ValueError: the router cannot route such groups (no slot for an expert, say), the groups, or the gate, do
+            not fit the members of an ensemble, or the groups cannot be divided among the devices.
         """
         config = self.config
         B, T, _ = x.shape
         gate_key, dropout_key = (None, None) if key is None else jax.random.split(key)
         S = group_length(B, T, group_size=config.group_size, images_per_group=config.images_per_group)
+        _check_parts(B, T, S, exchange.parts)
         M = config.members
         if M > 1:
             if B % M or S % M:
@@ -199,15 +207,16 @@ class MoEMlp(nnx.Module):
                 )
             x, mask = interleave_members(x, M), None if mask is None else interleave_members(mask, M)
         tokens, mask = to_groups(x, mask, S)  # [G, S, D]
+        tokens = exchange.split(tokens)
         gating = self.gate(tokens, mask=mask, key=gate_key)
         if gating.members != M:
             raise ValueError(
                 f"The gate is for members={gating.members} and MoEConfig has members={M}: {type(self.gate).__name__} "
                 "must gate each member by itself, as jmoe.nn.LinearGate(..., members=M) does."
             )
-        decision = decide(config.router, gating)
+        decision = exchange.per_group(functools.partial(decide, config.router), gating)
 
-        y = self._through_experts(rounded(tokens, config.exchange_dtype), decision, dropout_key)
+        y = self._through_experts(rounded(tokens, config.exchange_dtype), decision, dropout_key, exchange)
         y = from_groups(y, B // M, T * M)
         y = (y if M == 1 else separate_members(y, M)).astype(x.dtype)
 
@@ -220,32 +229,130 @@ class MoEMlp(nnx.Module):
         )
 
     def _through_experts(
-        self, tokens: Float[Array, "G S D"], decision: Decision, key: PRNGKeyArray | None
+        self, tokens: Float[Array, "G S D"], decision: Decision, key: PRNGKeyArray | None, exchange: Exchange
     ) -> Float[Array, "G S D"]:
         """Dispatch, experts, combine."""
         config = self.config
-        implementation = config.implementation
         method = resolve("gather" if config.fused else config.method, decision)
         if config.method == "auto":
             name, S = type(config.router).__name__, tokens.shape[1]
             say_once(f"Dispatch 'auto' is {method!r} for {name} in groups of {S} tokens.", logging.INFO)
-        if config.fused:
-            if not isinstance(decision, Routing):
-                raise ValueError("MoEConfig(fused=True) wants a router that sends tokens to slots, not a mixture.")
+        if config.fused and not isinstance(decision, Routing):
+            raise ValueError("MoEConfig(fused=True) wants a router that sends tokens to slots, not a mixture.")
+        if config.fused or method == "ragged":  # where experts are kernels, which XLA does not divide among devices
+            graph, parameters = nnx.split(self.experts)
+            through = functools.partial(_fused if config.fused else _ragged, config, graph)
+            return exchange.with_experts(through, parameters, ExpertMlp.AXES, tokens, decision, key=key)
 
-            def experts(x: Array, slots: Array, choice: Array) -> Array:
-                outputs = self.experts.fused(x, slots, choice, implementation=implementation)
-                return rounded(outputs, config.exchange_dtype)
+        implementation = config.implementation
+        moved = config.exchange_dtype or _narrower(self.experts.dtype, tokens.dtype)
 
-            return through(tokens, decision, experts, implementation)
-        slots = dispatch(tokens, decision, method, implementation=implementation)
-        if isinstance(slots, Ragged):
-            outputs = self.experts.ragged(slots.rows, slots.group_sizes, key=key, implementation=implementation)
-        else:
-            slots = slots.swapaxes(0, 1)  # [E, G, C, D]
-            E, G, C, D = slots.shape
-            outputs = self.experts(slots.reshape(E, G * C, D), key=key).reshape(E, G, C, D).swapaxes(0, 1)
-        return combine(rounded(outputs, config.exchange_dtype), decision, method, implementation=implementation)
+        def to_slots(tokens: Array, decision: Decision) -> Array:
+            return _slots(tokens, decision, method, implementation)
+
+        def to_tokens(outputs: Array, decision: Decision) -> Array:
+            return combine(_by_group(outputs, decision), decision, method, implementation=implementation)
+
+        slots = exchange.per_group(to_slots, tokens, decision, out_axes=1, kernels=True)  # [E, G * C, D]
+        outputs = self.experts(_named(exchange.to_experts(slots, moved), exchange), key=key)
+        outputs = _named(exchange.to_tokens(rounded(outputs, config.exchange_dtype), moved), exchange)
+        return exchange.per_group(to_tokens, outputs, decision, in_axes=(1, 0), kernels=True)
+
+
+def _ragged(
+    config: MoEConfig,
+    graph: nnx.GraphDef,
+    parameters: nnx.State,
+    carrier: Carrier,
+    tokens: Float[Array, "G S D"],
+    decision: Routing,
+    key: PRNGKeyArray | None,
+) -> Float[Array, "G S D"]:
+    """Dispatch, experts and combine without slots, on one device."""
+    implementation = config.implementation
+    sorted_rows = dispatch(tokens, decision, "ragged", implementation=implementation)
+    assert isinstance(sorted_rows, Ragged)
+    # From one device to another go all its rows at most, or as many as the experts there have slots for its groups.
+    slots = decision.num_experts // carrier.expert_parts * decision.token.shape[0] * decision.capacity
+    limit = min(sorted_rows.rows.shape[0], slots)
+    rows, sizes, back = carrier.rows_to_experts(
+        _as(config.exchange_dtype, sorted_rows.rows), sorted_rows.group_sizes, limit
+    )
+    experts = nnx.merge(graph, parameters)
+    rows = carrier.to_parts(rows.astype(tokens.dtype))
+    outputs = carrier.sum_parts(experts.ragged(rows, sizes, key=key, implementation=implementation))
+    outputs = back(_as(config.exchange_dtype, rounded(outputs, config.exchange_dtype))).astype(outputs.dtype)
+    return combine(outputs, decision, "ragged", implementation=implementation)
+
+
+def _fused(
+    config: MoEConfig,
+    graph: nnx.GraphDef,
+    parameters: nnx.State,
+    carrier: Carrier,
+    tokens: Float[Array, "G S D"],
+    decision: Routing,
+    key: PRNGKeyArray | None,
+) -> Float[Array, "G S D"]:
+    """Dispatch, fused experts and combine, on one device; what came from another has been gathered there."""
+    del key  # without dropout
+    implementation = config.implementation
+    experts = nnx.merge(graph, parameters)
+
+    def apply(x: Array, slots: Array, choice: Array) -> Array:
+        outputs = carrier.sum_parts(experts.fused(carrier.to_parts(x), slots, choice, implementation=implementation))
+        return rounded(outputs, config.exchange_dtype)
+
+    if carrier.expert_parts == 1:
+        return through(tokens, decision, apply, implementation)
+    slots = _slots(tokens, decision, "gather", implementation)
+    slots = carrier.slots_to_experts(_as(config.exchange_dtype, slots)).astype(tokens.dtype)
+    E, N, D = slots.shape
+    same = jnp.arange(E * N)  # every slot has the row of its own
+    outputs = apply(slots.reshape(E * N, D), same[:, None], same).reshape(E, N, -1)
+    outputs = carrier.slots_to_tokens(_as(config.exchange_dtype, outputs)).astype(outputs.dtype)
+    return combine(_by_group(outputs, decision), decision, "gather", implementation=implementation)
+
+
+def _slots(
+    tokens: Float[Array, "G S D"], decision: Decision, method: Method, implementation: Implementation | None
+) -> Float[Array, "E N D"]:
+    """Dispatches to slots, those of an expert in all groups one after the other."""
+    slots = dispatch(tokens, decision, method, implementation=implementation)
+    assert not isinstance(slots, Ragged)
+    G, E, C, D = slots.shape
+    return slots.swapaxes(0, 1).reshape(E, G * C, D)
+
+
+def _by_group(outputs: Float[Array, "E N D"], decision: Decision) -> Float[Array, "G E C D"]:
+    """Slots in the order of `_slots`, by group again."""
+    E, _, D = outputs.shape
+    C = decision.capacity if isinstance(decision, Routing) else decision.combine.shape[3]
+    return outputs.reshape(E, -1, C, D).swapaxes(0, 1)
+
+
+def _named(x: Float[Array, "..."], exchange: Exchange) -> Float[Array, "..."]:
+    return x if exchange is ONE_DEVICE else checkpoint_name(x, EXCHANGED)
+
+
+def _as(dtype: Any, x: Float[Array, "..."]) -> Float[Array, "..."]:
+    return x if dtype is None else x.astype(dtype)
+
+
+def _narrower(dtype: Any, than: Any) -> Any:
+    """The dtype, if its values take less space; None otherwise."""
+    return None if dtype is None or jnp.dtype(dtype).itemsize >= jnp.dtype(than).itemsize else dtype
+
+
+def _check_parts(B: int, T: int, S: int, parts: int) -> None:
+    """Raises ValueError unless whole groups can be divided among so many devices."""
+    if parts == 1 or (B * T) % (S * parts) == 0:
+        return
+    multiple = math.lcm(S * parts, T) // T
+    raise ValueError(
+        f"The groups of {B} images of {T} tokens, {S} tokens each, cannot be divided among {parts} devices: there are "
+        f"{B * T / S:.4g}. Use a multiple of {multiple} images, smaller groups, or a mesh that divides images less."
+    )
 
 
 def _by_name(losses: Iterable[tuple[str, Array]]) -> dict[str, Array]:

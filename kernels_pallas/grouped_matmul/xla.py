@@ -7,6 +7,11 @@ from kernels_pallas.activations import ACTIVATIONS
 from kernels_pallas.rows.xla import take_rows
 
 
+_OUTER = jax.lax.RaggedDotDimensionNumbers(
+    dot_dimension_numbers=(((0,), (0,)), ((), ())), lhs_ragged_dimensions=[0], rhs_group_dimensions=[]
+)
+
+
 def grouped_matmul(x, w, group_sizes, *more, extras=(), transposed=False, activation=None, keep=False):
     """[m, k] by [e, k, n], or by [e, n, k] if transposed -> [m, n]; rows of no group come out zero.
 
@@ -38,13 +43,10 @@ def grouped_outer(x, dout, group_sizes):
     """[m, k], [m, n] -> [e, k, n]: for each group the product of its rows of x, transposed, with those of dout."""
     mask = owned(x.shape[0], group_sizes)
     sizes = _sizes_within(x.shape[0], group_sizes)
-    like = jnp.zeros((group_sizes.shape[0], x.shape[1], dout.shape[1]), x.dtype)
-    x = jnp.where(mask, x, 0)  # rows of no group may hold anything
-
-    def product(w):
-        return jax.lax.ragged_dot(x, w, sizes, preferred_element_type=jnp.float32)
-
-    return tuple(jax.linear_transpose(product, like)(jnp.where(mask, dout, 0).astype(jnp.float32)))
+    x, dout = jnp.where(mask, x, 0), jnp.where(mask, dout, 0)  # rows of no group may hold anything
+    # Not the transpose of a ragged_dot, which inside jax.shard_map would sum over devices, and the caller once more.
+    product = jax.lax.ragged_dot_general(x, dout, sizes, _OUTER, preferred_element_type=jnp.float32)
+    return (product.astype(x.dtype),)
 
 
 def group_sums(rows, group_sizes):

@@ -1,0 +1,150 @@
+"""The mesh of devices: what an experiment asks for, and what the devices at hand make of it."""
+
+import dataclasses
+import itertools
+import math
+import warnings
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import AxisType
+
+from jmoe.errors import UserError
+
+AXES = ("data", "fsdp", "expert", "model")
+BATCH = ("data", "fsdp", "expert")  # the axes that split images and groups; the order is that of the images
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Mesh:
+    """How many devices work side by side along each axis; their product is the number of devices.
+
+    Images are split over data, fsdp and expert together, so no device processes an image of another; with model the
+    devices of one image share its matrix multiplies.
+
+    Attributes:
+      data: copies of all parameters but those of the axes below; None for all devices that these leave.
+      expert: parts of the experts, a divisor of num_experts. Tokens travel to their experts along this axis. None for
+        as many as divide num_experts and the devices that there are.
+      fsdp: parts in which parameters and the optimizer's state are kept; a layer's are brought together when it runs
+        (fully sharded data parallel, ZeRO-3, arXiv:1910.02054).
+      model: parts of each matrix multiply: the heads of attention, the hidden units of perceptrons, the classes
+        (tensor parallel, arXiv:1909.08053).
+    """
+
+    data: int | None = None
+    expert: int | None = None
+    fsdp: int = 1
+    model: int = 1
+
+    def __post_init__(self):
+        for name in ("data", "expert", "fsdp", "model"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ValueError(f"Mesh wants {name} of at least 1; it got {value}.")
+
+    def __str__(self) -> str:
+        """As one writes it, such as Mesh(data=2, expert=4)."""
+        named = {name: getattr(self, name) for name in ("data", "expert", "fsdp", "model")}
+        shown = {n: v for n, v in named.items() if v not in (None, 1) or (n in ("data", "expert") and v is not None)}
+        return f"Mesh({', '.join(f'{name}={value}' for name, value in shown.items())})"
+
+
+def resolve(mesh: Mesh, num_devices: int, num_experts: int | None = None) -> Mesh:
+    """Returns the mesh with a number for every axis.
+
+    Args:
+      mesh: as asked for.
+      num_devices: of all processes together.
+      num_experts: E of the sparse layers; None for a dense model.
+
+    Raises:
+      UserError: the axes do not multiply to the devices, or expert does not divide num_experts; the message has the
+        nearest mesh that does.
+    """
+    E = num_experts or 1
+    if mesh.expert is not None and E % mesh.expert:
+        which = f"num_experts={E}" if num_experts else "a model without experts"
+        nearest = _nearest(mesh, num_devices, E)
+        raise UserError(f"{mesh} divides the experts by {mesh.expert}, which {which} does not allow: {nearest}")
+    left, remainder = divmod(num_devices, mesh.fsdp * mesh.model * (mesh.expert or 1) * (mesh.data or 1))
+    if remainder == 0:
+        expert = mesh.expert or math.gcd(E, left)
+        left //= 1 if mesh.expert else expert
+        data = mesh.data or left
+        left //= 1 if mesh.data else data
+        if left == 1:
+            return dataclasses.replace(mesh, data=data, expert=expert)
+    needed = math.prod(getattr(mesh, name) or 1 for name in AXES)
+    count = f"{needed} devices" if None not in (mesh.data, mesh.expert) else f"a multiple of {needed} devices"
+    raise UserError(
+        f"{mesh} is for {count}; there {'is' if num_devices == 1 else 'are'} {num_devices}: "
+        f"{_nearest(mesh, num_devices, E)}"
+    )
+
+
+def build(mesh: Mesh, devices: Sequence[Any] | None = None, num_experts: int | None = None) -> jax.sharding.Mesh:
+    """Lays the devices out along the axes AXES, those that talk most next to each other.
+
+    Args:
+      mesh: as asked for; see `resolve` for what None means.
+      devices: all of the run, or of a topology to compile for; `jax.devices()` if None.
+      num_experts: E of the sparse layers; None for a dense model.
+
+    Raises:
+      UserError: as `resolve`.
+    """
+    from jax.experimental import mesh_utils
+
+    devices = list(jax.devices() if devices is None else devices)
+    resolved = resolve(mesh, len(devices), num_experts)
+    shape = tuple(getattr(resolved, name) for name in AXES)
+    slices = len({getattr(device, "slice_index", 0) for device in devices})
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # JAX's own about layouts that are not the best it knows
+        if slices > 1 and shape[0] % slices == 0:  # between slices the network is slow: only gradients go over it
+            inner = (shape[0] // slices, *shape[1:])
+            grid = mesh_utils.create_hybrid_device_mesh(
+                inner, (slices, 1, 1, 1), devices, allow_split_physical_axes=True
+            )
+        else:
+            grid = mesh_utils.create_device_mesh(shape, devices, allow_split_physical_axes=True)
+    return jax.sharding.Mesh(np.asarray(grid), AXES, axis_types=(AxisType.Auto,) * len(AXES))
+
+
+def batch_parts(mesh: jax.sharding.Mesh) -> int:
+    """In how many parts images and groups are split."""
+    return math.prod(mesh.shape[name] for name in BATCH)
+
+
+def of(mesh: jax.sharding.Mesh) -> Mesh:
+    """The axes of a mesh of devices as an experiment has them."""
+    return Mesh(**{name: mesh.shape[name] for name in AXES})
+
+
+def possible(num_devices: int, num_experts: int | None = None, *, fsdp: int | None = None, model: int | None = None):
+    """Yields every Mesh of so many devices; of those given, only such with that fsdp or model."""
+    for expert, f, m in itertools.product(_divisors(num_devices), repeat=3):
+        if (num_experts or 1) % expert or num_devices % (expert * f * m):
+            continue
+        if (fsdp is None or f == fsdp) and (model is None or m == model):
+            yield Mesh(data=num_devices // (expert * f * m), expert=expert, fsdp=f, model=m)
+
+
+def _nearest(mesh: Mesh, num_devices: int, num_experts: int) -> str:
+    """The advice to take the mesh that differs least from the one asked for."""
+
+    def distance(other: Mesh) -> float:
+        # fsdp and model before expert, and that before data: what parts a model for its memory comes first.
+        weights = {"data": 1.0, "expert": 2.0, "fsdp": 4.0, "model": 4.0}
+        pairs = [(w, getattr(mesh, name) or getattr(other, name), getattr(other, name)) for name, w in weights.items()]
+        return sum(weight * abs(math.log(wanted / has)) for weight, wanted, has in pairs)
+
+    best = min(possible(num_devices, num_experts), key=distance)
+    return f"use {best}, or leave data and expert out to have them chosen."
+
+
+def _divisors(number: int) -> list[int]:
+    return [i for i in range(1, number + 1) if number % i == 0]

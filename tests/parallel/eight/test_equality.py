@@ -1,0 +1,115 @@
+"""The same losses and gradients on one device and on eight."""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from jmoe import Balance, ExpertChoice, Importance, Load, MoEConfig, Soft, Switch, TopK, Transport
+from jmoe.models.vit import ViTConfig, VisionTransformer
+from jmoe.nn.ensemble import task_loss
+from jmoe.parallel import Exchange, Mesh, build, shardings
+from jmoe.paths import path_names
+
+MESHES = {
+    "data 8": Mesh(data=8),
+    "expert 8": Mesh(expert=8),
+    "data 2 expert 4": Mesh(data=2, expert=4),
+    "data 2 expert 2 model 2": Mesh(data=2, expert=2, model=2),
+    "fsdp 8": Mesh(fsdp=8, expert=1),
+}
+LOW = {"capacity_factor": 0.6, "multiple": 1}  # so that something is dropped
+LAYERS = {
+    "top-k": MoEConfig(num_experts=8, router=TopK(k=2, **LOW)),
+    "batch priority": MoEConfig(num_experts=8, router=TopK(k=2, batch_priority=True, **LOW)),
+    "expert choice": MoEConfig(num_experts=8, router=ExpertChoice(capacity_factor=1.5)),
+    "soft": MoEConfig(num_experts=8, router=Soft(slots_per_expert=2), images_per_group=1),
+    "dropless": MoEConfig(num_experts=8, router=TopK(k=2, capacity_factor=None)),
+    "dropless rows": MoEConfig(num_experts=8, router=TopK(k=2, capacity_factor=None), method="ragged"),
+}
+MORE = {  # on one mesh
+    "rows that are dropped": MoEConfig(num_experts=8, router=TopK(k=2, **LOW), method="ragged"),
+    "einsum": MoEConfig(num_experts=8, router=TopK(k=2, **LOW), method="einsum"),
+    "fused": MoEConfig(num_experts=8, router=TopK(k=2, **LOW), fused=True),
+    "expert dropout": MoEConfig(num_experts=8, router=TopK(k=2, **LOW), dropout=0.3),
+    "own dropout": MoEConfig(num_experts=8, router=TopK(k=2, **LOW), dropout=0.3, expert_init="independent"),
+    "exchange in bfloat16": MoEConfig(num_experts=8, router=TopK(k=2, **LOW), exchange_dtype="bfloat16"),
+    "rows in bfloat16": MoEConfig(num_experts=8, router=TopK(k=2), method="ragged", exchange_dtype="bfloat16"),
+    "global losses": MoEConfig(
+        num_experts=8,
+        router=TopK(k=2, **LOW),
+        losses=(Importance(scope="global"), Load(scope="global"), Balance(scope="global")),
+    ),
+    "switch": MoEConfig(num_experts=8, router=Switch(jitter=0.1)),
+    "transport": MoEConfig(num_experts=8, router=Transport()),
+    "ensemble": MoEConfig(num_experts=8, router=TopK(k=1, **LOW), members=2),
+}
+B = 32
+
+
+def network(moe: MoEConfig, **options) -> ViTConfig:
+    moe = dataclasses.replace(moe, layers=(1,), images_per_group=moe.images_per_group and min(moe.images_per_group, 4))
+    small = {"patch_size": 2, "width": 24, "depth": 2, "hidden_dim": 40, "num_heads": 2, "num_classes": 6}
+    return ViTConfig(**small, image_size=(4, 6), channels=1, moe=moe, head_zero=False, **options)
+
+
+def loss_and_gradient(config: ViTConfig, mesh: Mesh | None):
+    """The loss, its auxiliary parts, and the gradient by name, of one batch; as NumPy arrays."""
+    graph, params = nnx.split(VisionTransformer(config, rngs=nnx.Rngs(0)))
+    images = jax.random.normal(jax.random.key(1), (B, *config.image_size, config.channels))
+    labels = jax.nn.one_hot(jnp.arange(B) % config.num_classes, config.num_classes)
+
+    def loss(params, images, labels, exchange):
+        options = {} if exchange is None else {"exchange": exchange}
+        output = nnx.merge(graph, params)(images, key=jax.random.key(2), **options)
+        labels = jnp.repeat(labels, config.members, axis=0)
+        task = jnp.mean(task_loss(output.logits, labels, "softmax"))
+        return task + sum(output.losses.values()), {"task": task, **output.losses, **output.metrics}
+
+    if mesh is None:
+        step = jax.jit(jax.value_and_grad(functools.partial(loss, exchange=None), has_aux=True))
+        (total, parts), gradient = step(params, images, labels)
+    else:
+        devices = build(mesh, num_experts=config.moe.num_experts)
+        params = jax.device_put(params, shardings(params, devices))
+        with jax.set_mesh(devices):
+            step = jax.jit(jax.value_and_grad(functools.partial(loss, exchange=Exchange(devices)), has_aux=True))
+            (total, parts), gradient = step(params, images, labels)
+    names = path_names(gradient)
+    by_name = dict(zip(names, map(np.asarray, jax.tree.leaves(gradient)), strict=True))
+    return float(total), jax.tree.map(np.asarray, parts), by_name
+
+
+@functools.cache
+def alone(config: ViTConfig):
+    return loss_and_gradient(config, None)
+
+
+def check_same(config: ViTConfig, mesh: Mesh, tolerance: float = 1e-5):
+    loss, parts, gradient = loss_and_gradient(config, mesh)
+    wanted, wanted_parts, wanted_gradient = alone(config)
+    np.testing.assert_allclose(loss, wanted, rtol=tolerance)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6), parts, wanted_parts)
+    assert gradient.keys() == wanted_gradient.keys()
+    for name, expected in wanted_gradient.items():
+        error = np.linalg.norm(gradient[name] - expected)
+        # A key's bias moves all logits of a query alike: its gradient is nothing but rounding.
+        scale = np.linalg.norm(expected) if "key/bias" not in name else 1.0
+        assert error <= tolerance * scale, f"{name}: {error} of {scale}"
+        assert scale > 0, name
+
+
+@pytest.mark.parametrize("layer", LAYERS)
+@pytest.mark.parametrize("mesh", MESHES)
+def test_losses_and_gradients_are_those_of_one_device(mesh, layer):
+    check_same(network(LAYERS[layer]), MESHES[mesh])
+
+
+@pytest.mark.parametrize("layer", MORE)
+def test_every_option_of_the_layer_computes_the_same(layer):
+    # What is a rounding error apart can be rounded to bfloat16 the other way: 2^-9 of one entry of many.
+    check_same(network(MORE[layer]), Mesh(data=2, expert=2, model=2), 2e-3 if "bfloat16" in layer else 1e-5)
