@@ -9,6 +9,7 @@ from typing import Literal
 from jmoe.data import DataConfig, Preprocess, Source, num_train_images
 from jmoe.evaluate import fewshot
 from jmoe.models.vit import ViTConfig
+from jmoe.parallel.mesh import Mesh
 from jmoe.routing import Router
 from jmoe.train.optimizer import Optimizer
 
@@ -143,6 +144,8 @@ class TrainConfig:
       evaluate: when and how.
       checkpoint: when.
       log_every: steps between lines of the log.
+      mesh: how the devices share the work: by default experts over as many as divide them, images over the rest. It
+        changes nothing that is computed but the order of sums, and may change whenever a run is resumed.
     """
 
     model: ViTConfig
@@ -159,6 +162,7 @@ class TrainConfig:
     evaluate: EvalConfig = EvalConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
     log_every: int = 50
+    mesh: Mesh = Mesh()
 
     def __post_init__(self):
         if (self.epochs is None) == (self.steps is None):

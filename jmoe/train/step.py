@@ -12,6 +12,7 @@ from flax import nnx
 from jmoe.evaluate.accuracy import scale_pixels
 from jmoe.models.vit import Output
 from jmoe.nn.ensemble import repeat_members, task_loss
+from jmoe.nn.exchange import ONE_DEVICE, Exchange
 from jmoe.train.config import TrainConfig
 from jmoe.train.mixup import mixup
 from jmoe.train.state import TrainState
@@ -21,9 +22,13 @@ Metrics = dict[str, jax.Array]
 
 
 def make_step(
-    config: TrainConfig, graph: nnx.GraphDef, optimizer: optax.GradientTransformation, total_steps: int
+    config: TrainConfig,
+    graph: nnx.GraphDef,
+    optimizer: optax.GradientTransformation,
+    total_steps: int,
+    exchange: Exchange = ONE_DEVICE,
 ) -> Callable[[TrainState, Batch], tuple[TrainState, Metrics]]:
-    """Returns (state, batch) -> (state, metrics), to be jitted with the state donated.
+    """Returns (state, batch) -> (state, metrics), to be jitted with the state donated; see `jmoe.train.compiled`.
 
     A batch holds "image" [B, Y, X, channels], pixels from 0 to 255, and "label": classes [B], or [B, num_classes] the
     weight of each class from 0 to 1, as of an image that shows several things.
@@ -43,7 +48,7 @@ def make_step(
         if config.mixup > 0:
             images, targets = mixup(mixup_key, images, targets, config.mixup)
         model = nnx.merge(graph, params, variables)
-        output: Output = model(images, key=model_key)
+        output: Output = model(images, key=model_key, exchange=exchange)
         targets = repeat_members(targets, config.model.members)  # every member learns for itself
         task = jnp.mean(task_loss(output.logits, targets, config.loss))
         total = task + sum(output.losses.values())

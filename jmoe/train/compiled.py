@@ -1,0 +1,162 @@
+"""The training step on a mesh: where its arrays lie, and the program of all devices together."""
+
+import dataclasses
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import NamedSharding, PartitionSpec
+
+from jmoe.errors import UserError
+from jmoe.nn.exchange import ONE_DEVICE, Exchange
+from jmoe.parallel import mesh as meshes
+from jmoe.parallel import rules
+from jmoe.parallel.exchange import Exchange as MeshExchange
+from jmoe.parallel.mesh import BATCH, batch_parts
+from jmoe.train.checks import abstract_batch, readable
+from jmoe.train.config import TrainConfig
+from jmoe.train.state import TrainState, graph_of, initial_state, make_optimizer
+from jmoe.train.step import Batch, Metrics, make_step
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Program:
+    """Everything that a run computes on its devices; all arrays are global, whatever process they are seen from.
+
+    Attributes:
+      mesh: of the devices.
+      exchange: of tokens between them.
+      state: shape, dtype and sharding of every array of the state.
+      batch: the same of a batch.
+      init: () -> the state before the first step.
+      step: (state, batch) -> (state, metrics); the state is donated. Metrics are on every device.
+    """
+
+    mesh: jax.sharding.Mesh
+    exchange: Exchange
+    state: TrainState
+    batch: Batch
+    init: Callable[[], TrainState]
+    step: Any  # of jax.jit: it can be lowered, too
+
+    def rows(self, process: int | None = None) -> list[int]:
+        """The images of a batch, by number, that the devices of a process work on; of this one if None."""
+        return rows_of(self.batch["image"].sharding, self.batch["image"].shape[0], process)
+
+
+def make_program(config: TrainConfig, total_steps: int, devices: Sequence[Any] | None = None) -> Program:
+    """Prepares the step of an experiment for devices; nothing is compiled yet.
+
+    Args:
+      config: the experiment, whose mesh says how they share the work.
+      total_steps: the length of the run, for the learning rate.
+      devices: all of the run, or of a topology to compile for; `jax.devices()` if None.
+
+    Raises:
+      UserError: the mesh does not fit the devices, a batch cannot be divided among them, or the layers cannot route
+        such groups.
+    """
+    mesh = mesh_of(config, devices)
+    check_batch(config.data.batch_size // config.accumulate, config, mesh)
+    exchange = exchange_of(mesh)
+    optimizer, graph = make_optimizer(config, total_steps), graph_of(config)
+    state = jax.eval_shape(lambda: initial_state(config, optimizer))
+    where = state_shardings(state, mesh)
+    batch = {name: _placed(shape, divided(mesh)) for name, shape in abstract_batch(config).items()}
+    step = make_step(config, graph, optimizer, total_steps, exchange)
+    with readable(), jax.set_mesh(mesh):
+        jax.eval_shape(step, state, batch)
+    return Program(
+        mesh=mesh,
+        exchange=exchange,
+        state=jax.tree.map(_placed, state, where),
+        batch=batch,
+        init=_on(mesh, jax.jit(lambda: initial_state(config, optimizer), out_shardings=where)),
+        step=jax.jit(step, donate_argnums=0, out_shardings=(where, whole(mesh))),
+    )
+
+
+def lower_step(config: TrainConfig, devices: Sequence[Any] | None, total_steps: int) -> jax.stages.Lowered:
+    """The real training step, lowered for devices that need not be there; `.compile()` it and read what it takes.
+
+    Args and errors as `make_program`.
+    """
+    program = make_program(config, total_steps, devices)
+    with jax.set_mesh(program.mesh):  # kernels see the chip by the mesh
+        return program.step.lower(program.state, program.batch)
+
+
+def mesh_of(config: TrainConfig, devices: Sequence[Any] | None = None) -> jax.sharding.Mesh:
+    """The devices, laid out as the experiment's mesh says."""
+    moe = config.model.moe
+    return meshes.build(config.mesh, devices, None if moe is None else moe.num_experts)
+
+
+def exchange_of(mesh: jax.sharding.Mesh) -> Exchange:
+    """How tokens get to experts on a mesh; nothing to do on one device."""
+    return ONE_DEVICE if mesh.size == 1 else MeshExchange(mesh)
+
+
+def divided(mesh: jax.sharding.Mesh) -> NamedSharding:
+    """Of arrays whose axis 0 counts images."""
+    return NamedSharding(mesh, PartitionSpec(BATCH))
+
+
+def whole(mesh: jax.sharding.Mesh) -> NamedSharding:
+    """Of arrays that every device has."""
+    return NamedSharding(mesh, PartitionSpec())
+
+
+def state_shardings(state: TrainState, mesh: jax.sharding.Mesh) -> TrainState:
+    """Where the arrays of a state lie: parameters by `jmoe.parallel.RULES`, and with each what goes with it."""
+    return rules.state_shardings(state.params, state, mesh)
+
+
+def check_batch(images: int, config: TrainConfig, mesh: jax.sharding.Mesh) -> None:
+    """Raises UserError unless so many images, which are routed in groups, can be divided among the devices."""
+    parts = batch_parts(mesh)
+    unit = images_per_unit(config)
+    if images % (parts * unit) == 0:
+        return
+    together = f" in groups of {unit}" if unit > 1 else ""
+    nearest = max(1, round(images / (parts * unit))) * parts * unit
+    fewer = [n for n in range(1, parts) if parts % n == 0 and images % (n * unit) == 0]
+    spare = f", or divide them among {fewer[-1]} (mesh.model takes the other devices)" if fewer else ""
+    raise UserError(
+        f"{images} images{together} cannot be divided among {parts} devices ({meshes.of(mesh)}): use a batch of "
+        f"{nearest}{' for each part of accumulate' if config.accumulate > 1 else ''}{spare}."
+    )
+
+
+def images_per_unit(config: TrainConfig) -> int:
+    """How many images must stay together, because they are routed in one group; 1 for a dense model."""
+    moe, tokens = config.model.moe, config.model.tokens
+    if moe is None:
+        return 1
+    if moe.group_size is not None:
+        return int(np.lcm(moe.group_size, tokens)) // tokens
+    return moe.images_per_group or config.data.batch_size // config.accumulate
+
+
+def rows_of(sharding: NamedSharding, num_rows: int, process: int | None = None) -> list[int]:
+    """The rows of a global array that lie on the devices of a process, in order; of this one if None."""
+    process = jax.process_index() if process is None else process
+    places = sharding.devices_indices_map((num_rows,))
+    return sorted({r for d, (rows,) in places.items() if d.process_index == process for r in range(num_rows)[rows]})
+
+
+def _placed(shape: Any, sharding: NamedSharding) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(shape.shape, shape.dtype, sharding=sharding)
+
+
+def _on(mesh: jax.sharding.Mesh, function: Callable[..., Any]) -> Callable[..., Any]:
+    """The function, called with the mesh in force."""
+
+    @functools.wraps(function)
+    def called(*arguments: Any) -> Any:
+        with jax.set_mesh(mesh):
+            return function(*arguments)
+
+    return called
