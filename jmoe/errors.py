@@ -1,4 +1,20 @@
-"""Errors that a user can cause."""
+"""Errors that a user can cause, and the exit statuses of the command line.
+
+A scheduler or a script may go by the status of `jmoe train`; on many hosts all processes end with the same one, except
+that a process which is killed has the status of its signal.
+
+    0     done
+    1     a bug, with a traceback
+    2     a mistake of the user, in one sentence (UserError)
+    75    another process of the run is lost, or never came; the same command goes on from the last checkpoint (LOST)
+    76    no step ended for too long; the stacks of all threads are printed before it (STUCK). The same command goes on
+    130   Ctrl-C: stopped and saved (InterruptedRunError)
+    141   the reader of the output went away
+    143   SIGTERM, such as a preemption: stopped and saved (InterruptedRunError). The same command goes on
+"""
+
+LOST = 75  # what sysexits.h has for "try again later"
+STUCK = 76
 
 
 class UserError(ValueError):
@@ -8,6 +24,12 @@ class UserError(ValueError):
     """
 
     exit_code: int = 2
+
+
+class LostProcessError(UserError):
+    """A process of the run never came or went away; the same command may succeed later."""
+
+    exit_code: int = LOST
 
 
 class InterruptedRunError(UserError):

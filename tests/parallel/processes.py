@@ -6,8 +6,8 @@
         first, second = running.wait(60)
 
 `function` calls a function of a module in each of them after jax.distributed.initialize, with gloo between their CPU
-devices; any other command can be started as well, and {process}, {processes} and {coordinator} in it are filled in.
-`together` is the short form for functions that are all expected to succeed.
+devices; `starter` calls one that does so itself. Any other command can be started as well; {coordinator}, {processes}
+and {process} in it are filled in. `together` is the short form for functions that are all expected to succeed.
 """
 
 import dataclasses
@@ -124,6 +124,11 @@ def function(name: str, *arguments: str) -> list[str]:
     ]
 
 
+def starter(name: str, *arguments: str) -> list[str]:
+    """The command that calls a function with coordinator, number of processes, index and the text arguments."""
+    return [*function(name, *arguments), "--uninitialized"]
+
+
 @contextmanager
 def start(
     commands: Sequence[Sequence[str]], *, devices: int = 1, environment: Mapping[str, str] | None = None
@@ -158,9 +163,14 @@ def together(name: str, count: int, *arguments: str, devices: int = 1, timeout: 
 
 
 if __name__ == "__main__":
-    import jax
+    named, *rest = sys.argv[1:]
+    if rest[-1] == "--uninitialized":
+        del rest[-1]
+    else:
+        import jax
 
-    named, coordinator, processes, process, *rest = sys.argv[1:]
-    jax.distributed.initialize(coordinator, int(processes), int(process), initialization_timeout=60)
+        coordinator, processes, process = rest[:3]
+        jax.distributed.initialize(coordinator, int(processes), int(process), initialization_timeout=60)
+        del rest[:3]
     module, _, called = named.partition(":")
     getattr(importlib.import_module(module), called)(*rest)
