@@ -26,10 +26,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "class; evaluate.fewshot of the experiment says how",
     )
     parser.add_argument("--json", action="store_true", help="print one JSON object")
+    arguments.add_processes(parser)
 
 
 def run(args: argparse.Namespace) -> int:
-    """Evaluates and prints the result."""
+    """Evaluates, and process 0 prints the result."""
     from jmoe.train.experiment import load_experiment
 
     experiment = load_experiment(args.experiment)  # first, so that a mistyped path is answered in no time
@@ -49,6 +50,10 @@ def run(args: argparse.Namespace) -> int:
             "The run was trained with other options: %s (there -> here). It is evaluated with those of here.",
             "; ".join(differences),
         )
-    evaluation, step = (few_shot_checkpoint if args.fewshot else evaluate_checkpoint)(config, args.workdir, args.step)
-    print(json.dumps({"step": step} | evaluation.to_json()) if args.json else f"step             {step}\n{evaluation}")
+    with arguments.started(args) as hosts:
+        measure = few_shot_checkpoint if args.fewshot else evaluate_checkpoint
+        evaluation, step = measure(config, args.workdir, args.step)
+        if hosts.process == 0:
+            text = f"step             {step}\n{evaluation}"
+            print(json.dumps({"step": step} | evaluation.to_json()) if args.json else text)
     return 0

@@ -20,9 +20,9 @@ COMMANDS = {"train": train, "evaluate": evaluate, "convert": convert, "bench": b
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs one command and returns its exit status.
 
-    The status is 0 only if the command did what was asked: 2 (or the error's own) after a mistake of the user, which is
-    printed as one sentence, 130 after Ctrl-C, 141 if the reader of the output went away. With JMOE_TRACEBACK=1 in the
-    environment, the traceback of a mistake is printed too. Other exceptions are bugs and pass through.
+    The status is 0 only if the command did what was asked; jmoe/errors.py lists the others. A mistake of the user is
+    printed as one sentence, and with JMOE_TRACEBACK=1 in the environment its traceback, too. Other exceptions are bugs
+    and pass through.
     """
     try:
         args = _parse(sys.argv[1:] if argv is None else argv)

@@ -11,15 +11,19 @@ EXAMPLE = "jmoe train experiments/digits_vmoe.py --workdir runs/digits --set mod
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds the arguments of `jmoe train`."""
     arguments.add_experiment(parser)
+    arguments.add_processes(parser)
 
 
 def run(args: argparse.Namespace) -> int:
-    """Trains, and prints the summary of the run."""
+    """Trains, and process 0 prints the summary of the run."""
     from jmoe.train.experiment import load_experiment
 
     config = load_experiment(args.experiment, args.overrides)  # first: most mistakes are found here, in no time
 
     from jmoe.train.loop import train
 
-    print(train(config, args.workdir))
+    with arguments.started(args) as hosts:
+        summary = train(config, args.workdir)
+        if hosts.process == 0:
+            print(summary)
     return 0
