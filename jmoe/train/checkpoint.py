@@ -36,7 +36,7 @@ import time
 import uuid
 from collections.abc import Callable, Coroutine, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import jax
 import jax.numpy as jnp
@@ -55,8 +55,8 @@ _NAME = re.compile(r"(0|[1-9][0-9]*)(\.tmp|\.old\.tmp)?")
 _TOKEN = "jmoe_written_by-"  # starts the name of a file by which processes see that they share a folder
 _T = TypeVar("_T")
 
-# Shared file systems show one host what another wrote with a delay; that of NFS is 30 seconds at most by default.
-VISIBLE_SECONDS = 30.0
+# How long to look for what another host has written: NFS may remember what was in a folder for 60 seconds by default.
+VISIBLE_SECONDS = 60.0
 
 log = logging.getLogger(__name__)
 
@@ -115,7 +115,8 @@ class Checkpointer:
         with contextlib.suppress(Exception):
             self._finish_writing()  # for a save that was interrupted before its second half could start
         try:
-            tokens = self._together(f"the start of saving step {step}", lambda: self._prepare(step))[1]
+            start = f"the start of saving step {step}"
+            _, tokens = self._together(start, lambda: self._prepare(step), tell=lambda token: token)
             self._together(f"the folder for step {step}", lambda: self._look_for(step, tokens[0]))
         except Exception as error:
             raise self._failure(step, error) from error
@@ -240,10 +241,12 @@ class Checkpointer:
 
     def _look_for(self, step: int, token: str) -> None:
         """Raises UserError unless this process sees the folder that process 0 has made, and no other of that name."""
-        if not _in_time(lambda: (self._temporary(step) / token).exists()):
+        try:
+            _in_time((self._temporary(step) / token).stat)
+        except FileNotFoundError:
             raise UserError(
                 "the folder is not shared by all processes, as what process 0 has just written is not there"
-            )
+            ) from None
 
     async def _start_writing(self, step: int, arrays: dict[str, jax.Array]) -> None:
         """Returns once Orbax has copied the arrays; it goes on to write them."""
@@ -274,7 +277,7 @@ class Checkpointer:
             if process:
                 return []
             # Before Orbax joins what the processes have written: it would leave out what it does not see yet.
-            known = _read_in_time(lambda: manifest.take_parts(temporary, range(processes)))
+            known = _in_time(lambda: manifest.take_parts(temporary, range(processes)))
             self._orbax.finalize(epath.Path(temporary / _STATE))
             for token in temporary.glob(f"{_TOKEN}*"):
                 token.unlink()
@@ -287,7 +290,8 @@ class Checkpointer:
 
         try:
             self._together(f"the end of writing step {step}", write, self._later)
-            self._published = self._together(f"the checkpoint of step {step}", publish, self._later)[1][0]
+            what = f"the checkpoint of step {step}"
+            self._published = self._together(what, publish, self._later, tell=lambda steps: steps)[1][0]
         except Exception as error:
             self._error = self._failure(step, error)
 
@@ -321,8 +325,9 @@ class Checkpointer:
         except UserError:  # the directory itself is gone
             latest = None
         rest = "there is no earlier one" if latest is None else f"that of step {latest} is intact"
+        why = str(error).rstrip(". ") if isinstance(error, UserError) else reason(error)
         return UserError(
-            f"The checkpoint of step {step} could not be saved in {self.directory}: {reason(error)}; {rest}. "
+            f"The checkpoint of step {step} could not be saved in {self.directory}: {why}; {rest}. "
             "Free some space or choose another folder, and start again."
         )
 
@@ -358,7 +363,7 @@ class Checkpointer:
         what: str,
         action: Callable[[], _T],
         agreement: Agreement | None = None,
-        tell: Callable[[_T], Any] = lambda result: result if isinstance(result, list | str) else None,
+        tell: Callable[[_T], Any] = lambda _: None,
     ) -> tuple[_T, list[Any]]:
         """Does something in all processes, and raises in all of them if it failed in one.
 
@@ -366,7 +371,7 @@ class Checkpointer:
           what: for the message about a process that does not come.
           action: what to do.
           agreement: the sequence of exchanges this belongs to; that of the calls by default.
-          tell: what the others hear of the result.
+          tell: what the others hear of the result; nothing by default.
 
         Returns:
           the result here, and what each process tells of its own.
@@ -393,7 +398,7 @@ class Checkpointer:
             process, (kind, text) = next(iter(problems.items()))
             who = f" (process {process} of {agreement.processes})" if len(problems) < agreement.processes else ""
             raise _KINDS.get(kind, UserError)(f"{text}{who}.") from failed
-        return result, [told for _, told in said]  # pyright: ignore[reportReturnType]
+        return cast(_T, result), [told for _, told in said]
 
     def _agree_on_steps(self) -> list[int]:
         """The steps of the complete checkpoints, which all processes see."""
@@ -535,22 +540,12 @@ def _run(coroutine: Coroutine[Any, Any, None]) -> None:
         pool.submit(asyncio.run, coroutine).result()
 
 
-def _in_time(seen: Callable[[], bool]) -> bool:
-    """Whether something is seen before `VISIBLE_SECONDS` have passed."""
-    deadline = time.monotonic() + VISIBLE_SECONDS
-    while not seen():
-        if time.monotonic() > deadline:
-            return False
-        time.sleep(0.1)
-    return True
-
-
-def _read_in_time(read: Callable[[], _T]) -> _T:
-    """What is read; tried again while files are missing, until `VISIBLE_SECONDS` have passed."""
-    deadline = time.monotonic() + VISIBLE_SECONDS
+def _in_time(look: Callable[[], _T]) -> _T:
+    """What it returns; tried again while a file is missing, until `VISIBLE_SECONDS` have passed."""
+    deadline = time.monotonic() + (VISIBLE_SECONDS if jax.process_count() > 1 else 0)
     while True:
         try:
-            return read()
+            return look()
         except FileNotFoundError:
             if time.monotonic() > deadline:
                 raise

@@ -5,6 +5,8 @@ import os
 
 import jax.numpy as jnp
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from jmoe.errors import UserError
 from jmoe.train import manifest
@@ -105,3 +107,72 @@ def test_the_reason_is_what_the_operating_system_said_or_one_short_line():
     assert manifest.reason(ValueError(f"RESOURCE_EXHAUSTED: Error writing: {full} [source locations='a.cc']")) == full
     assert manifest.reason(ValueError("something. \nmore")) == "something"
     assert manifest.reason(ValueError()) == "ValueError"
+
+
+# Several processes
+
+
+@given(sizes=st.dictionaries(st.text(max_size=3), st.integers(0, 1000), max_size=30), processes=st.integers(1, 7))
+def test_each_file_has_one_reader_and_they_have_about_as_much_to_read(sizes, processes):
+    shares = [manifest.share(sizes, process, processes) for process in range(processes)]
+    assert sorted(name for names in shares for name in names) == sorted(sizes)
+    loads = [sum(sizes[name] for name in names) for names in shares]
+    assert max(loads) - min(loads) <= max(sizes.values(), default=0)
+
+
+def test_a_damaged_file_is_found_by_its_reader_and_a_short_one_by_all(folder):
+    for i in range(5):
+        (folder / f"state/{i}").write_bytes(bytes(100 + i))
+    (folder / manifest.NAME).unlink()
+    manifest.write(folder, {"step": 3, "metadata": {}, "leaves": {}})
+    content = manifest.read(folder)
+
+    def finders():
+        for process in range(3):
+            try:
+                manifest.check_files(folder, content, process=process, processes=3)
+            except UnreadableCheckpointError as error:
+                yield process, str(error).split(": ")[1]
+
+    assert list(finders()) == []
+    (folder / "state/4").write_bytes(bytes(103) + b"1")
+    assert list(finders()) == [(0, "its file state/4 is not what was written (its checksum differs).")]
+    (folder / "state/3").write_bytes(bytes(3))
+    short = "its file state/3 has 3 bytes instead of 103."
+    assert [found for _, found in finders()] == [short] * 3
+
+
+def test_the_parts_of_several_processes_make_the_manifest_of_one(folder):
+    alone = manifest.read(folder)
+    manifest.write_part(folder, 0, manifest.checksums(folder, ["b"]))
+    manifest.write_part(folder, 1, manifest.checksums(folder, ["state/a"]))
+    known = manifest.take_parts(folder, range(2))
+    (folder / manifest.NAME).unlink()
+    assert manifest.files_below(folder) == ["b", "state/a"]  # the parts are gone
+    manifest.write(folder, {"step": 3, "metadata": {"seed": 0.1}, "leaves": {}}, known)
+    assert manifest.read(folder) == alone
+
+
+def test_files_that_no_part_lists_are_added(folder):
+    alone = manifest.read(folder)
+    (folder / manifest.NAME).unlink()
+    manifest.write(folder, {"step": 3, "metadata": {"seed": 0.1}, "leaves": {}}, manifest.checksums(folder, ["b"]))
+    assert manifest.read(folder) == alone
+
+
+@pytest.mark.parametrize(
+    ("change", "name"),
+    [
+        (lambda folder: (folder / "jmoe_manifest.part-1.json").unlink(), "jmoe_manifest.part-1.json"),
+        (lambda folder: os.truncate(folder / "jmoe_manifest.part-1.json", 50), "jmoe_manifest.part-1.json"),
+        (lambda folder: (folder / "state/a").unlink(), "state/a"),
+        (lambda folder: (folder / "state/a").write_bytes(b"1"), "state/a"),
+    ],
+)
+def test_a_part_or_a_file_that_is_not_seen_yet_is_missing(folder, change, name):
+    for process, file in enumerate(["b", "state/a"]):
+        manifest.write_part(folder, process, manifest.checksums(folder, [file]))
+    change(folder)
+    with pytest.raises(FileNotFoundError, match=f"{name} is not what its process wrote"):
+        manifest.take_parts(folder, range(2))
+    assert (folder / "jmoe_manifest.part-0.json").exists()  # so that it can be tried again
