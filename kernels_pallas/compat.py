@@ -28,3 +28,10 @@ def platform_of(device: Any) -> str:
     """Returns "cpu", "gpu" or "tpu"."""
     platform = device.platform
     return "gpu" if platform in ("cuda", "rocm") else platform
+
+
+def result_of(shape: Sequence[int], dtype: Any, inputs: Sequence[Any]) -> jax.ShapeDtypeStruct:
+    """The result of a kernel; inside `jax.shard_map` it varies over the mesh axes that an input varies over."""
+    kinds = [jax.typeof(value).manual_axis_type for value in inputs]
+    varying = frozenset().union(*(kind.varying for kind in kinds))
+    return jax.ShapeDtypeStruct(tuple(shape), dtype, manual_axis_type=type(kinds[0])(varying=varying))

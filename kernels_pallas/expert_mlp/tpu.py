@@ -19,13 +19,12 @@ Products take the precision that JAX is set to (`jax_default_matmul_precision`),
 import dataclasses
 import functools
 
-import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from kernels_pallas import target
+from kernels_pallas import compat, target
 from kernels_pallas.activations import ACTIVATIONS
 from kernels_pallas.interpreter import interpreter
 from kernels_pallas.rows import copies
@@ -133,7 +132,7 @@ def expert_mlp(x, source, w_in, b_in, w_out, b_out, *, activation, interpret=Fal
         grid=(grid.cores, grid.steps, grid.columns),
         in_specs=specs,
         out_specs=[pl.BlockSpec((1, rows, d), lambda core, step, column: grid.result(core, step))],
-        out_shape=[jax.ShapeDtypeStruct((e, c, d), x.dtype)],
+        out_shape=[compat.result_of((e, c, d), x.dtype, operands)],
         scratch_shapes=scratch,
         compiler_params=pltpu.CompilerParams(
             dimension_semantics=("parallel", "arbitrary", "arbitrary"),

@@ -13,12 +13,12 @@ import dataclasses
 import functools
 import math
 
-import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plt
 
+from kernels_pallas import compat
 from kernels_pallas.activations import ACTIVATIONS
 
 SMALLEST = 16  # what Triton's product takes, along every axis
@@ -99,7 +99,7 @@ def grouped_matmul(
     if "index" in named:
         named["index"] = _as_int32(named["index"], x.shape[0])
     operands = [*tiles, x, w, *named.values()]
-    out = [jax.ShapeDtypeStruct((m, n), x.dtype)] * (2 if keep else 1)
+    out = [compat.result_of((m, n), x.dtype, operands)] * (2 if keep else 1)
     kernel = functools.partial(
         _grouped_matmul, extras=tuple(named), transposed=transposed, activation=activation, block=(rows, columns, depth)
     )
@@ -160,7 +160,7 @@ def grouped_outer(x, dout, group_sizes, *, interpret: bool = False, config: Tile
     depth = _fitting(config.depth // x.dtype.itemsize, m)
     ends = _ends(group_sizes, m)
     starts = jnp.concatenate([jnp.zeros(1, jnp.int32), ends[:-1]])
-    out = jax.ShapeDtypeStruct((e, k, n), x.dtype)
+    out = compat.result_of((e, k, n), x.dtype, [x, dout, group_sizes])
     call = pl.pallas_call(
         functools.partial(_grouped_outer, block=(rows, columns, depth)),
         grid=(pl.cdiv(k, rows), pl.cdiv(n, columns), e),  # a group after the other: its rows stay in the L2 cache

@@ -26,12 +26,12 @@ while the steps belong to one group and is written once. An empty group has one 
 import dataclasses
 import functools
 
-import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
+from kernels_pallas import compat
 from kernels_pallas.activations import ACTIVATIONS
 from kernels_pallas.interpreter import interpreter
 from kernels_pallas.rows import copies
@@ -262,8 +262,8 @@ def plan(group_sizes, m: int, rows: int, ranges: int, *, every_group: bool = Fal
         in_specs=[pl.BlockSpec(memory_space=pltpu.SMEM)],
         out_specs=[pl.BlockSpec(memory_space=pltpu.SMEM)] * 2,
         out_shape=[
-            jax.ShapeDtypeStruct((ranges * steps * len(FIELDS),), jnp.int32),
-            jax.ShapeDtypeStruct((1,), jnp.int32),
+            compat.result_of((ranges * steps * len(FIELDS),), jnp.int32, [group_sizes]),
+            compat.result_of((1,), jnp.int32, [group_sizes]),
         ],
         cost_estimate=pl.CostEstimate(
             flops=0, transcendentals=0, bytes_accessed=4 * (e + ranges * steps * len(FIELDS))
@@ -357,7 +357,7 @@ class _Matmul:
                     *scratch,
                 ],
             ),
-            out_shape=[jax.ShapeDtypeStruct((self.m, self.n), dtype)] * results,
+            out_shape=[compat.result_of((self.m, self.n), dtype, [table, *operands])] * results,
             compiler_params=_compiler_params(dtype, "parallel", "arbitrary", "arbitrary"),
             cost_estimate=self.cost(results),
             interpret=interpreter("tpu") if interpret else False,
@@ -552,7 +552,7 @@ def grouped_outer(x, dout, group_sizes, *, interpret: bool = False, config: Oute
             out_specs=[pl.BlockSpec((1, depth, columns), of_out)],
             scratch_shapes=[pltpu.VMEM((depth, columns), jnp.float32)],
         ),
-        out_shape=[jax.ShapeDtypeStruct((e, k, n), x.dtype)],
+        out_shape=[compat.result_of((e, k, n), x.dtype, [x, dout, group_sizes])],
         compiler_params=_compiler_params(x.dtype, "parallel", "parallel", "arbitrary"),
         cost_estimate=pl.CostEstimate(
             flops=2 * (tiles + e - 1) * rows * k * n,

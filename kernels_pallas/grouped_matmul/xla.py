@@ -6,7 +6,6 @@ import jax.numpy as jnp
 from kernels_pallas.activations import ACTIVATIONS
 from kernels_pallas.rows.xla import take_rows
 
-
 _OUTER = jax.lax.RaggedDotDimensionNumbers(
     dot_dimension_numbers=(((0,), (0,)), ((), ())), lhs_ragged_dimensions=[0], rhs_group_dimensions=[]
 )

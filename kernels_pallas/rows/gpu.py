@@ -10,11 +10,12 @@ Shapes inside a Triton kernel are powers of two. Blocks are, whatever the width 
 import dataclasses
 import functools
 
-import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plt
+
+from kernels_pallas import compat
 
 UNROLL = 8  # more rows per sum than this are summed in a loop, so that the kernel does not grow with them
 LARGEST = 2**31 - 1  # elements of an array that is read by index: offsets are int32
@@ -64,7 +65,7 @@ def gather_sum(x, index, weights=None, *, interpret: bool = False, config: TileC
     (n, d), (m, k) = x.shape, index.shape
     rows, columns = _block(config, m, d)
     operands = [x, _as_int32(index, n), *([] if weights is None else [weights.astype(jnp.float32)])]
-    out = jax.ShapeDtypeStruct((m, d), x.dtype)
+    out = compat.result_of((m, d), x.dtype, operands)
     call = pl.pallas_call(
         functools.partial(_gather_sum, weighted=weights is not None, block=(rows, columns)),
         grid=(pl.cdiv(d, columns), pl.cdiv(m, rows)),  # the first axis runs fastest: programs side by side share rows
@@ -107,7 +108,7 @@ def gather_dot(x, index, weights, other, *, interpret: bool = False, config: Til
     (n, d), m = x.shape, index.shape[0]
     rows, columns = _block(config, m, d)
     operands = [x, _as_int32(index, n), weights.astype(jnp.float32), other]
-    out = [jax.ShapeDtypeStruct((m, d), x.dtype), jax.ShapeDtypeStruct((m,), jnp.float32)]
+    out = [compat.result_of((m, d), x.dtype, operands), compat.result_of((m,), jnp.float32, operands)]
     call = pl.pallas_call(
         functools.partial(_gather_dot, block=(rows, columns)),
         grid=(pl.cdiv(m, rows),),

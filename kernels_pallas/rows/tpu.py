@@ -18,13 +18,12 @@ import functools
 import math
 from typing import Literal
 
-import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from kernels_pallas import target
+from kernels_pallas import compat, target
 from kernels_pallas.interpreter import interpreter
 from kernels_pallas.rows import copies
 from kernels_pallas.target import MIB
@@ -154,10 +153,10 @@ class _Call:
         index = index.reshape(self.blocks, 1, self.rows * self.k)
         x = copies.pairs(self.x) if interpret and self.paired else self.x
         size, word = self.x.dtype.itemsize, copies.word(self.x.dtype)
-        out_shape = [jax.ShapeDtypeStruct((self.m, self.d), self.x.dtype)]
+        out_shape = [compat.result_of((self.m, self.d), self.x.dtype, [x, index, *operands])]
         out_specs = [self.block_of_rows()]
         if products:
-            out_shape.append(jax.ShapeDtypeStruct((self.blocks, 1, self.rows), jnp.float32))
+            out_shape.append(compat.result_of((self.blocks, 1, self.rows), jnp.float32, [x, index, *operands]))
             out_specs.append(self.block_of_vectors(1))
         if self.source == "hbm":
             kernel = self._from_hbm
