@@ -2,6 +2,7 @@
 
 import contextlib
 import faulthandler
+import math
 import statistics
 import sys
 import threading
@@ -33,14 +34,15 @@ class Watchdog:
     ):
         """Takes how many times the median a step may take, and the least limits in seconds."""
         self.step: int | None = None
-        self._multiple = multiple
-        self._least = least_seconds
-        self._first = first_seconds
+        self._multiple = float(multiple)
+        self._least = float(least_seconds)
+        self._first = float(first_seconds)
         self._times: deque[float] = deque(maxlen=_RECENT)
         self._since = 0.0  # when the step under way began, pauses not counted
         self._pauses = 0
         self._paused_at = 0.0
         self._over = False
+        self._wakes = math.inf  # when the thread looks next
         self._changed = threading.Condition()
         self._thread = threading.Thread(target=self._watch, name="jmoe-watchdog", daemon=True)
 
@@ -52,7 +54,9 @@ class Watchdog:
                 self._times.append(now - self._since)
             self.step = step
             self._since = now
-            # The thread is not woken: it sees that the limit has moved when the old one is reached.
+            # Nearly always the thread sleeps on, and sees that the limit has moved when the old one is reached.
+            if now + self.limit() < self._wakes:
+                self._changed.notify_all()
 
     @contextlib.contextmanager
     def paused(self) -> Iterator[None]:
@@ -95,6 +99,7 @@ class Watchdog:
                 left = None if self._pauses else self._since + self.limit() - time.monotonic()
                 if left is not None and left <= 0:
                     break
+                self._wakes = math.inf if left is None else time.monotonic() + left
                 self._changed.wait(left)
             else:
                 return
