@@ -60,7 +60,8 @@ class _Line:
     def __init__(self, connection: socket.socket):
         self.socket = connection
         self.member: Member | None = None
-        self.ended = False
+        self.ended = False  # has said that it ends
+        self.gone = False  # its connection has ended
         self._rest = b""
         self._lock = threading.Lock()
         _keep_alive(connection)
@@ -90,6 +91,7 @@ class _Line:
         return messages if all(isinstance(message, dict) for message in messages) else None
 
     def close(self) -> None:
+        self.gone = True
         with contextlib.suppress(OSError):
             self.socket.shutdown(socket.SHUT_RDWR)
         self.socket.close()
@@ -134,9 +136,9 @@ class Server(threading.Thread):
         self._selector.register(listener, selectors.EVENT_READ)
 
     def run(self) -> None:
-        """Serves until all have ended; whoever joins this thread waits for that."""
+        """Serves until process 0 has ended and the others are gone; whoever joins this thread waits for that."""
         self._deadline = time.monotonic() + self._timeout
-        while not (self._phase == "running" and all(line.ended for line in self._members.values())):
+        while not (self._phase == "running" and self._all_gone()):
             deadlines = [deadline for deadline, _ in self._gathers.values()]
             deadlines += [] if self._phase == "running" else [self._deadline]
             wait = max(0.0, min(deadlines) - time.monotonic()) if deadlines else None
@@ -264,10 +266,13 @@ class Server(threading.Thread):
                 f"machine is gone. {_AGAIN}",
             )
 
+    def _all_gone(self) -> bool:
+        return all(line.gone or (i == 0 and line.ended) for i, line in self._members.items())
+
     def _tell_all(self, **message: Any) -> None:
         # Process 0 is the last to hear anything: it may end with it, and this thread runs in it.
         for _, line in sorted(self._members.items(), reverse=True):
-            if line.socket.fileno() >= 0:
+            if not line.gone:
                 line.send(**message)
 
 

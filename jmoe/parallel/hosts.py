@@ -83,7 +83,6 @@ class Hosts:
         self._server = server
         self._number = itertools.count()
         if channel:
-            _delay_abort()
             channel.watch(self._end)
 
     def gather(self, name: str, value: str, *, timeout: float | int | None = None) -> list[str]:
@@ -172,10 +171,16 @@ class Hosts:
 
     def _end(self, ending: Ending) -> None:
         """Ends this process from a thread: its main one may be waiting for a device, and that for a lost process."""
-        if not ending.at_once:
-            time.sleep(GRACE_SECONDS)
-            if self._channel is None or self._channel.closed:
-                return  # it has found the same mistake itself
+        if ending.at_once:
+            self._end_now(ending)
+        else:
+            timer = threading.Timer(GRACE_SECONDS, self._end_now, (ending,))
+            timer.daemon = True
+            timer.start()
+
+    def _end_now(self, ending: Ending) -> None:
+        if self._channel is None or self._channel.closed:
+            return  # this process has found the same mistake itself, and is ending
         if ending.status == STUCK:
             faulthandler.dump_traceback(all_threads=True)
         self.let_others_end()
@@ -237,6 +242,7 @@ def connect_over_devices(*, timeout: float | int = 1800) -> Hosts:
         address[: len(text)] = np.frombuffer(text, np.uint8)
     address = np.asarray(multihost_utils.broadcast_one_to_all(address))
     host, port = bytes(address).rstrip(b"\0").decode().split()
+    delay_abort()
     channel = Channel((host, int(port)), count, process, timeout=timeout)
     return Hosts(channel, process, server=server, timeout=timeout)
 
@@ -300,7 +306,7 @@ def _status(error: BaseException) -> int:
     return next((status for kind, status in others.items() if isinstance(error, kind)), 1)
 
 
-def _delay_abort() -> None:
+def delay_abort() -> None:
     """Gives the channel time for its sentence before JAX aborts the process.
 
     When process 0 is gone, JAX's client logs a stack and aborts in the same instant in which our thread learns who is

@@ -29,7 +29,7 @@ import jax
 
 from jmoe.errors import LOST, UserError
 from jmoe.parallel.channel import Channel, Server, listen
-from jmoe.parallel.hosts import Hosts, connect_over_devices, end_process, format_table, set_current
+from jmoe.parallel.hosts import Hosts, connect_over_devices, delay_abort, end_process, format_table, set_current
 
 logger = logging.getLogger("jmoe")
 
@@ -164,6 +164,7 @@ def _start_given(host: str, port: int, count: int, process: int, local: bool, ti
             ) from error
         server = Server(listener, count, timeout, announce=str(service))
         server.start()
+    delay_abort()
     channel = Channel((host, port), count, process, timeout=timeout, shown=shown)
     hosts = Hosts(channel, process, server=server, timeout=timeout)
     bracketed = f"[{host}]" if ":" in host else host
