@@ -19,7 +19,8 @@ MAY_IMPORT |= {part: LEAVES | set(LINE[:i]) for i, part in enumerate(LINE) if i}
 MAY_IMPORT |= {"data": LEAVES, "parallel": LEAVES | {"kernels_pallas"}}
 MAY_IMPORT |= {"linen": MAY_IMPORT["models"]} | {part: LEAVES | set(LINE) for part in AFTER_MODELS}
 MAY_IMPORT["train"] = LEAVES | set(LINE) | AFTER_MODELS | BESIDE
-MAY_IMPORT["cli"] = MAY_IMPORT["train"] | {"train"}
+MAY_IMPORT["plan"] = MAY_IMPORT["train"] | {"train"}
+MAY_IMPORT["cli"] = MAY_IMPORT["plan"] | {"plan"}
 MAY_IMPORT["__main__"] = {"cli"}
 MAY_IMPORT["__init__"] = LEAVES | set(LINE) | AFTER_MODELS | BESIDE | {"linen"}  # what `import jmoe` offers
 

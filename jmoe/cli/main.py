@@ -11,10 +11,17 @@ import sys
 import traceback
 from collections.abc import Sequence
 
-from jmoe.cli import bench, convert, doctor, evaluate, train
+from jmoe.cli import bench, convert, doctor, evaluate, plan, train
 from jmoe.errors import UserError
 
-COMMANDS = {"train": train, "evaluate": evaluate, "convert": convert, "bench": bench, "doctor": doctor}
+COMMANDS = {
+    "train": train,
+    "evaluate": evaluate,
+    "plan": plan,
+    "convert": convert,
+    "bench": bench,
+    "doctor": doctor,
+}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
