@@ -12,12 +12,16 @@ on at the same time, as a save in the background does, needs an `Agreement` of i
 
 import json
 import time
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, TypeVar, cast
 
 import jax
 from jax._src import distributed  # the service has no public interface; nothing else of jmoe touches it
 
 from jmoe.errors import UserError
+from jmoe.train.manifest import reason
+
+_T = TypeVar("_T")
 
 SECONDS = 600.0  # how long a process waits for the others: longer than the slowest of them needs for its files
 _GRACE = 30.0  # how much longer the others wait for process 0, so that it is its sentence that all of them raise
@@ -29,9 +33,15 @@ class Agreement:
     With one process, each exchange returns at once what it was given.
     """
 
-    def __init__(self, name: str):
-        """Names the sequence; the same in every process, and used once."""
+    def __init__(self, name: str, errors: Sequence[type[UserError]] = ()):
+        """Opens the sequence.
+
+        Args:
+          name: the same in every process, and used once.
+          errors: classes of errors that `together` raises as such in every process.
+        """
         self._name = f"jmoe/{name}"
+        self._errors = {kind.__name__: kind for kind in (*errors, UserError)}
         self._turn = 0
         self.process, self.processes = jax.process_index(), jax.process_count()
 
@@ -54,6 +64,42 @@ class Agreement:
         if isinstance(heard, str):
             raise UserError(heard)
         return heard
+
+    def together(
+        self, what: str, action: Callable[[], _T], tell: Callable[[_T], Any] = lambda _: None
+    ) -> tuple[_T, list[Any]]:
+        """Does something in all processes, and raises in all of them if it failed in one.
+
+        Args:
+          what: what is done, as in `exchange`.
+          action: what to do.
+          tell: what the others hear of the result; nothing by default.
+
+        Returns:
+          the result here, and what each process tells of its own.
+
+        Raises:
+          UserError: as it was raised here, or in another process; that of the first process counts, whose number it
+            tells unless all have failed. An error of another class is raised as it is where there is one process, and
+            as a UserError with the reason where there are several. Or as in `exchange`.
+        """
+        result, failed, problem, told = None, None, None, None
+        try:
+            result = action()
+            told = tell(result)
+        except Exception as error:
+            failed = error
+            kind = next((name for name, kind in self._errors.items() if isinstance(error, kind)), None)
+            problem = (kind, str(error).rstrip(". ") if kind else reason(error))
+        said = self.exchange(what, (problem, told))
+        if failed is not None and self.processes == 1:
+            raise failed
+        problems = {process: problem for process, (problem, _) in enumerate(said) if problem}
+        if problems:
+            process, (kind, text) = next(iter(problems.items()))
+            who = f" (process {process} of {self.processes})" if len(problems) < self.processes else ""
+            raise self._errors.get(kind, UserError)(f"{text}{who}.") from failed
+        return cast(_T, result), [told for _, told in said]
 
     def _say(self, turn: int, what: str, mine: str) -> str:
         """Tells process 0 and waits for what it heard from all."""

@@ -36,7 +36,7 @@ import time
 import uuid
 from collections.abc import Callable, Coroutine, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any, TypeVar, cast
+from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -91,7 +91,8 @@ class Checkpointer:
         self._error: UserError | None = None
         self._writing: Sequence[Any] = ()  # Orbax's futures of the files that are being written
         name = f"checkpoints-{next(self._opened)}"
-        self._now, self._later = Agreement(f"{name}/now"), Agreement(f"{name}/later")  # calls; saves going on meanwhile
+        self._now = Agreement(f"{name}/now", errors=[UnreadableCheckpointError])  # of the calls
+        self._later = Agreement(f"{name}/later")  # of the saves that go on meanwhile
         logging.getLogger("absl").addFilter(_not_from_orbax)
         self._orbax = ocp.PyTreeCheckpointHandler()
         self._steps: list[int] = []  # that all processes have last agreed on
@@ -116,8 +117,8 @@ class Checkpointer:
             self._finish_writing()  # for a save that was interrupted before its second half could start
         try:
             start = f"the start of saving step {step}"
-            _, tokens = self._together(start, lambda: self._prepare(step), tell=lambda token: token)
-            self._together(f"the folder for step {step}", lambda: self._look_for(step, tokens[0]))
+            _, tokens = self._now.together(start, lambda: self._prepare(step), tell=lambda token: token)
+            self._now.together(f"the folder for step {step}", lambda: self._look_for(step, tokens[0]))
         except Exception as error:
             raise self._failure(step, error) from error
         refusal = None
@@ -175,11 +176,11 @@ class Checkpointer:
         abstract_leaves, treedef = jax.tree.flatten(abstract_state)
         wanted = dict(zip(path_names(abstract_state), abstract_leaves, strict=True))
         content = self._read_manifest(path, wanted, partial)
-        self._together(
+        self._now.together(
             f"checking step {step}",
             lambda: manifest.check_files(path, content, process=self._now.process, processes=self._now.processes),
         )
-        read, _ = self._together(f"reading step {step}", lambda: self._read_arrays(path, wanted))
+        read, _ = self._now.together(f"reading step {step}", lambda: self._read_arrays(path, wanted))
         try:
             leaves = content["leaves"]
             arrays = {name: _from_array(read.get(name), leaf, leaves[name].get("key")) for name, leaf in wanted.items()}
@@ -289,9 +290,9 @@ class Checkpointer:
             return _complete(self.directory)
 
         try:
-            self._together(f"the end of writing step {step}", write, self._later)
+            self._later.together(f"the end of writing step {step}", write)
             what = f"the checkpoint of step {step}"
-            self._published = self._together(what, publish, self._later, tell=lambda steps: steps)[1][0]
+            self._published = self._later.together(what, publish, tell=lambda steps: steps)[1][0]
         except Exception as error:
             self._error = self._failure(step, error)
 
@@ -342,7 +343,7 @@ class Checkpointer:
             manifest.check_leaves(path, content, described, partial=partial)
             return content
 
-        content, digests = self._together(f"the manifest of {path.name}", read, tell=manifest.digest)
+        content, digests = self._now.together(f"the manifest of {path.name}", read, tell=manifest.digest)
         self._check_shared(digests, f"Step {path.name} has another manifest")
         return content
 
@@ -358,54 +359,12 @@ class Checkpointer:
 
     # Agreeing
 
-    def _together(
-        self,
-        what: str,
-        action: Callable[[], _T],
-        agreement: Agreement | None = None,
-        tell: Callable[[_T], Any] = lambda _: None,
-    ) -> tuple[_T, list[Any]]:
-        """Does something in all processes, and raises in all of them if it failed in one.
-
-        Args:
-          what: for the message about a process that does not come.
-          action: what to do.
-          agreement: the sequence of exchanges this belongs to; that of the calls by default.
-          tell: what the others hear of the result; nothing by default.
-
-        Returns:
-          the result here, and what each process tells of its own.
-
-        Raises:
-          UserError: as it was raised here, or in another process; that of the first process counts, whose number it
-            tells unless all have failed. An error of another class is raised as it is where there is one process, and
-            as a UserError with the reason where there are several.
-        """
-        agreement = agreement or self._now
-        result, failed, problem, told = None, None, None, None
-        try:
-            result = action()
-            told = tell(result)
-        except Exception as error:
-            failed = error
-            kind = next((kind for kind in _KINDS if isinstance(error, _KINDS[kind])), None)
-            problem = (kind, str(error).rstrip(". ") if kind else reason(error))
-        said = agreement.exchange(what, (problem, told))
-        if failed is not None and agreement.processes == 1:
-            raise failed
-        problems = {process: problem for process, (problem, _) in enumerate(said) if problem}
-        if problems:
-            process, (kind, text) = next(iter(problems.items()))
-            who = f" (process {process} of {agreement.processes})" if len(problems) < agreement.processes else ""
-            raise _KINDS.get(kind, UserError)(f"{text}{who}.") from failed
-        return cast(_T, result), [told for _, told in said]
-
     def _agree_on_steps(self) -> list[int]:
         """The steps of the complete checkpoints, which all processes see."""
         deadline = time.monotonic() + VISIBLE_SECONDS
         while True:
             # Process 0 says whether there is time to look again, as clocks differ.
-            said = self._together(
+            said = self._now.together(
                 "the list of checkpoints",
                 lambda: _complete(self.directory),
                 tell=lambda steps: [steps, time.monotonic() < deadline],
@@ -432,9 +391,6 @@ class Checkpointer:
         """Warns once, however many processes there are."""
         if self._now.process == 0:
             log.warning(text, *values)
-
-
-_KINDS = {"unreadable": UnreadableCheckpointError, "user": UserError}  # errors that mean something; most special first
 
 
 def peek(directory: str | os.PathLike) -> dict:

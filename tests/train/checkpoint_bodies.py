@@ -147,6 +147,14 @@ def troubles(directory: str):
     checkpoint.VISIBLE_SECONDS = 0.5
     said: dict = {}
 
+    # An array that all devices hold is written once.
+    whole = NamedSharding(mesh_of(1, 1, 2, 1), PartitionSpec())
+    noise = {"w": jax.ShapeDtypeStruct((400_000,), jnp.uint8, sharding=whole)}
+    with Checkpointer(folder / "replicated") as checkpointer:
+        checkpointer.save(1, random_state(1, noise), {}, wait=True)
+        check_bits(checkpointer.restore(1, noise)[0], 1, noise)
+        said["bytes"] = sum(file.stat().st_size for file in (folder / "replicated").rglob("*") if file.is_file())
+
     # A file that one process sees damaged: it has a folder of its own that looks like that of the other.
     shared = folder / "shared"
     with Checkpointer(shared) as checkpointer:

@@ -1,3 +1,6 @@
+import pytest
+
+from jmoe.errors import UserError
 from jmoe.train.agreement import Agreement, _verdict
 
 
@@ -5,6 +8,19 @@ def test_one_process_hears_itself():
     agreement = Agreement("test")
     assert agreement.exchange("anything", {"a": (1, None)}) == [{"a": (1, None)}]
     assert (agreement.process, agreement.processes) == (0, 1)
+
+
+def test_one_process_raises_what_it_raised():
+    agreement = Agreement("test")
+    assert agreement.together("counting", lambda: 3, tell=str) == (3, ["3"])
+    for error in (UserError("No."), KeyError("x")):
+
+        def fail(error=error):
+            raise error
+
+        with pytest.raises(type(error)) as raised:
+            agreement.together("failing", fail)
+        assert raised.value is error
 
 
 def test_all_hear_what_all_say():

@@ -283,6 +283,7 @@ def test_a_process_killed_while_saving_leaves_a_sound_checkpoint(tmp_path, kills
     for _ in range(kills):
         with subprocess.Popen([sys.executable, "-c", KILLED, tmp_path], stdout=subprocess.PIPE) as process:
             for _ in range(4):
+                assert process.stdout
                 started = int(process.stdout.readline())
             time.sleep(0.1 * rng.random())  # into the save of that step or of a later one
             process.kill()
