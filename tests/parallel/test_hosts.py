@@ -157,6 +157,7 @@ def run(coordinator, count, process, what):
 RUN = "tests.parallel.test_hosts:run"
 
 
+@pytest.mark.slow
 def test_different_hosts_end_on_all_with_the_same_sentence():
     with processes.start([processes.starter(RUN, "compare")] * 2) as running:
         ended = running.wait(60)
