@@ -3,7 +3,7 @@
 
 Batch k of a training run is a pure function of the data, the seed and k: which records, in which order, and how each is
 augmented. Nothing depends on the number of processes, of worker processes, or on where a run was interrupted, so the
-data position to save is the step alone, and resuming is `start_step`.
+data position to save is the step alone, and resuming is `start_step`. Processes that share a batch take `rows` of it.
 
 Batches are dicts of numpy arrays: "image" uint8 [B, H, W, C] (or float32 on the same scale, where the preprocessing of
 evaluation returns that), "label" int32 [B], and "mask" bool [B], which is False where evaluation has padded. Scaling,
@@ -16,7 +16,7 @@ import logging
 import signal
 import typing
 import weakref
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -120,27 +120,23 @@ class Batches(Iterator[dict[str, np.ndarray]]):
         _close(self._open)
 
 
-def train_batches(
-    config: DataConfig, *, seed: int, start_step: int = 0, process_index: int = 0, process_count: int = 1
-) -> Batches:
+def train_batches(config: DataConfig, *, seed: int, start_step: int = 0, rows: Sequence[int] | None = None) -> Batches:
     """Endless batches of shuffled and augmented training images, from step `start_step` on.
 
-    Over all processes together, every stretch of as many images as the split has, counted from step 0, holds each of
-    them once: epochs follow each other without a gap, also within a batch.
+    Every stretch of as many images as the split has, counted from step 0, holds each of them once: epochs follow each
+    other without a gap, also within a batch.
 
     Args:
       config: the data.
       seed: of order and augmentation; any integer, taken modulo 2**64.
       start_step: the step whose batch comes first.
-      process_index: which process of `process_count` this is. It gets images process_index, process_index +
-        process_count, ... of each batch.
-      process_count: number of processes that share a batch.
+      rows: which images of each batch are wanted, by number: those of one process, where several share a batch. All
+        of them if None.
 
     Raises:
-      UserError: the batch size does not fit the number of processes or of images. While iterating: a wrong label,
-        images of different sizes without image_size, too many damaged files.
+      UserError: there are fewer images than in a batch. While iterating: a wrong label, images of different sizes
+        without image_size, too many damaged files.
     """
-    _check_batch_size(config.batch_size, process_index, process_count)
     if start_step < 0:
         raise ValueError(f"train_batches counts steps from 0, not {start_step=}.")
     records = config.source.open(config.source.train)
@@ -154,8 +150,7 @@ def train_batches(
         records=records,
         num_classes=config.source.num_classes,
         batch_size=config.batch_size,
-        process_index=process_index,
-        process_count=process_count,
+        rows=_rows(rows, config.batch_size),
         seed=seed % 2**64,
         augment=config.augment,
         preprocess=() if size is None else (functools.partial(resize_image, size=size),),
@@ -168,29 +163,26 @@ def test_batches(
     *,
     split: str | None = None,
     batch_size: int | None = None,
-    process_index: int = 0,
-    process_count: int = 1,
+    rows: Sequence[int] | None = None,
 ) -> Batches:
     """Every image of a split once, in order; where the last batch is not full, mask is False and the rest zero.
 
     Args:
       config: the data; its augmentations are not applied.
       split: the split, or slice of one; the source's `test` by default.
-      batch_size: images per batch over all processes; that of training by default.
-      process_index: which process of `process_count` this is. All get the same number of batches.
-      process_count: number of processes that share a batch.
+      batch_size: images per batch; that of training by default.
+      rows: which images of each batch are wanted, by number, as for `train_batches`. Those from batch_size on are
+        padding, so that batches can be divided among devices.
 
     Raises:
       UserError: as `train_batches`.
     """
     batch_size = batch_size or config.batch_size
-    _check_batch_size(batch_size, process_index, process_count)
     maker = _BatchMaker(
         records=config.source.open(split or config.source.test),
         num_classes=config.source.num_classes,
         batch_size=batch_size,
-        process_index=process_index,
-        process_count=process_count,
+        rows=_rows(rows, batch_size),
         seed=None,
         augment=(),
         preprocess=config.test_preprocess or (() if config.image_size is None else (Resize(config.image_size),)),
@@ -227,7 +219,7 @@ def epoch_order(seed: int, epoch: int, num_records: int) -> np.ndarray:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class _BatchMaker:
-    """One process's share of every batch, by number: a grain data source whose elements are whole batches.
+    """Some images of every batch, by its number: a grain data source whose elements are whole batches.
 
     Whole batches, and an order of our own, because grain's price per element (30 microseconds, half of it for its
     shuffle, which walks through a cycle of 65,536 whatever the size) would be most of the cost of images as small as
@@ -237,8 +229,7 @@ class _BatchMaker:
     records: RandomAccess
     num_classes: int
     batch_size: int
-    process_index: int
-    process_count: int
+    rows: tuple[int, ...]  # of each batch
     seed: int | None  # None to go through the records once and in order, without augmentation
     augment: tuple[Augmentation, ...]
     preprocess: tuple[Preprocess, ...]  # in order, after the augmentations
@@ -248,14 +239,14 @@ class _BatchMaker:
 
     def __getitem__(self, index: int) -> dict[str, Any]:
         first = index * self.batch_size
-        rows = range(first + self.process_index, first + self.batch_size, self.process_count)
         rng = np.random.Generator(np.random.Philox())
         bad: list[str] = []
-        images, labels, mask = [], np.zeros(len(rows), np.int32), np.zeros(len(rows), bool)
+        images, labels, mask = [], np.zeros(len(self.rows), np.int32), np.zeros(len(self.rows), bool)
         where = []  # the record of each image, for the message about their sizes
-        for row, position in enumerate(rows):
+        for row, place in enumerate(self.rows):
+            position = first + place
             if self.seed is None:
-                made = self._test_image(position, bad)
+                made = self._test_image(position, bad) if place < self.batch_size else None
             else:
                 made = self._train_image(position, self.seed, rng, bad)
             if made is not None:
@@ -268,7 +259,7 @@ class _BatchMaker:
             batch = np.stack(images)
         else:
             example = images[0] if images else self._any_image(bad)
-            batch = np.zeros((len(rows), *example.shape), example.dtype)
+            batch = np.zeros((len(self.rows), *example.shape), example.dtype)
             batch[mask] = images or 0
         return {"image": batch, "label": labels, "mask": mask, "bad": bad}
 
@@ -355,14 +346,8 @@ def _set_stream(rng: np.random.Generator, seed: int, stream: int, index: int) ->
     }
 
 
-def _check_batch_size(batch_size: int, process_index: int, process_count: int) -> None:
-    if not 0 <= process_index < process_count:
-        raise ValueError(f"{process_index=} is not in [0, {process_count=}).")
-    if batch_size < 1 or batch_size % process_count:
-        raise UserError(
-            f"A batch_size of {batch_size} cannot be shared equally by {process_count} process(es): choose a positive "
-            f"multiple of {process_count}."
-        )
+def _rows(rows: Sequence[int] | None, batch_size: int) -> tuple[int, ...]:
+    return tuple(range(batch_size) if rows is None else rows)
 
 
 def _check_bad(records: RandomAccess, bad: list[str]) -> None:

@@ -1,6 +1,7 @@
 """Accuracy of a model on a finite set of images, each counted exactly once."""
 
 import dataclasses
+import functools
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -9,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from jmoe.evaluate.devices import HERE, Devices
 from jmoe.models.vit import VisionTransformer
 from jmoe.nn.ensemble import Likelihood, prediction_loss, predictions
 from jmoe.notation import Array, Bool, Float, Int, UInt8
@@ -73,7 +75,9 @@ def evaluate(
     return make_evaluator(graph, likelihood, model.config.members)(batches, state)
 
 
-def make_evaluator(graph: nnx.GraphDef, likelihood: Likelihood, members: int = 1) -> Callable[..., Evaluation]:
+def make_evaluator(
+    graph: nnx.GraphDef, likelihood: Likelihood, members: int = 1, devices: Devices = HERE
+) -> Callable[..., Evaluation]:
     """Returns (batches, *states) -> Evaluation for the model of a graph.
 
     Routers see groups of images, so the batch size and the order of images can change the result a little where
@@ -83,15 +87,16 @@ def make_evaluator(graph: nnx.GraphDef, likelihood: Likelihood, members: int = 1
       graph: of a VisionTransformer; merged with the states it is the model.
       likelihood: the loss: "softmax" or "sigmoid" cross-entropy.
       members: M of an ensemble.
+      devices: where it runs.
 
     Returns:
       a function of batches, each with "image" [B, Y, X, channels] (uint8, or float32 from 0 to 255), "label" [B] and
       "mask" [B], False for what fills up the last batch; it raises ValueError if there is no image.
     """
 
-    @jax.jit
+    @functools.partial(jax.jit, out_shardings=devices.everywhere)
     def count(states: Any, image: Array, label: Int[Array, " B"], mask: Bool[Array, " B"]) -> dict[str, Any]:
-        output = nnx.merge(graph, *states)(scale_pixels(image), mask=mask)
+        output = nnx.merge(graph, *states)(scale_pixels(image), mask=mask, exchange=devices.exchange)
         one_hot = jax.nn.one_hot(label, output.logits.shape[-1])
         images = jnp.sum(mask)
         return {
@@ -104,7 +109,7 @@ def make_evaluator(graph: nnx.GraphDef, likelihood: Likelihood, members: int = 1
 
     def evaluator(batches: Iterable[dict[str, np.ndarray]], *states: nnx.State) -> Evaluation:
         sums: Any = None
-        for batch in batches:
+        for batch in map(devices.put, batches):
             new = count(states, batch["image"], batch["label"], batch["mask"])
             sums = new if sums is None else jax.tree.map(jnp.add, sums, new)
         if sums is None or not sums["images"]:

@@ -6,6 +6,7 @@ and no accelerator needs memory for them.
 """
 
 import dataclasses
+import functools
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, Literal
 
@@ -15,6 +16,7 @@ import numpy as np
 from flax import nnx
 
 from jmoe.evaluate.accuracy import scale_pixels
+from jmoe.evaluate.devices import HERE, Devices
 from jmoe.nn.ensemble import mean_of_members
 from jmoe.notation import Array, Bool, Float, Int, UInt8
 
@@ -235,7 +237,7 @@ class FewShotResult:
         return accuracy | {f"fewshot/l2/{k}": value for k, value in self.l2.items()}
 
 
-def make_featurizer(graph: nnx.GraphDef, members: int = 1) -> Callable[..., FeatureSet]:
+def make_featurizer(graph: nnx.GraphDef, members: int = 1, devices: Devices = HERE) -> Callable[..., FeatureSet]:
     """Returns (batches, *states) -> FeatureSet for the model of a graph.
 
     The features are what the head reads; those of the members of an ensemble are averaged. As in evaluation, images
@@ -244,26 +246,31 @@ def make_featurizer(graph: nnx.GraphDef, members: int = 1) -> Callable[..., Feat
     Args:
       graph: of a VisionTransformer; merged with the states it is the model.
       members: M of an ensemble.
+      devices: where it runs.
 
     Returns:
       a function of batches, each with "image" [B, Y, X, channels], "label" [B] and "mask" [B]; it raises ValueError if
       there is no image.
     """
 
-    @jax.jit
+    @functools.partial(jax.jit, out_shardings=devices.everywhere)
     def features_of(
         states: Any,
         image: UInt8[Array, "B Y X channels"] | Float[Array, "B Y X channels"],
+        label: Int[Array, " B"],
         mask: Bool[Array, " B"],
-    ) -> Float[Array, "B D"]:
-        features = nnx.merge(graph, *states)(scale_pixels(image), mask=mask).features
-        return mean_of_members(features.astype(jnp.float32), members)
+    ) -> tuple[Float[Array, "B D"], Int[Array, " B"], Bool[Array, " B"]]:
+        features = nnx.merge(graph, *states)(scale_pixels(image), mask=mask, exchange=devices.exchange).features
+        # Labels and mask as well, because a process has only its images' own.
+        return mean_of_members(features.astype(jnp.float32), members), label, mask
 
     def featurizer(batches: Iterable[dict[str, np.ndarray]], *states: nnx.State) -> FeatureSet:
         features, labels = [], []
-        for batch in batches:
-            features.append(np.asarray(features_of(states, batch["image"], batch["mask"]))[batch["mask"]])
-            labels.append(batch["label"][batch["mask"]])
+        for batch in map(devices.put, batches):
+            found = features_of(states, batch["image"], batch["label"], batch["mask"])
+            feature, label, mask = map(np.asarray, found)
+            features.append(feature[mask])
+            labels.append(label[mask])
         if not sum(map(len, labels)):
             raise ValueError("There is no image to take features of.")
         return FeatureSet(features=np.concatenate(features), labels=np.concatenate(labels))

@@ -18,7 +18,7 @@ from jmoe.parallel.mesh import BATCH, batch_parts
 from jmoe.train.checks import abstract_batch, readable
 from jmoe.train.config import TrainConfig
 from jmoe.train.state import TrainState, graph_of, initial_state, make_optimizer
-from jmoe.train.step import Batch, Metrics, make_step
+from jmoe.train.step import Batch, make_step
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -64,14 +64,14 @@ def make_program(config: TrainConfig, total_steps: int, devices: Sequence[Any] |
     optimizer, graph = make_optimizer(config, total_steps), graph_of(config)
     state = jax.eval_shape(lambda: initial_state(config, optimizer))
     where = state_shardings(state, mesh)
-    batch = {name: _placed(shape, divided(mesh)) for name, shape in abstract_batch(config).items()}
+    batch = {name: placed(shape, divided(mesh)) for name, shape in abstract_batch(config).items()}
     step = make_step(config, graph, optimizer, total_steps, exchange)
     with readable(), jax.set_mesh(mesh):
         jax.eval_shape(step, state, batch)
     return Program(
         mesh=mesh,
         exchange=exchange,
-        state=jax.tree.map(_placed, state, where),
+        state=placed(state, where),
         batch=batch,
         init=_on(mesh, jax.jit(lambda: initial_state(config, optimizer), out_shardings=where)),
         step=jax.jit(step, donate_argnums=0, out_shardings=(where, whole(mesh))),
@@ -147,8 +147,9 @@ def rows_of(sharding: NamedSharding, num_rows: int, process: int | None = None) 
     return sorted({r for d, (rows,) in places.items() if d.process_index == process for r in range(num_rows)[rows]})
 
 
-def _placed(shape: Any, sharding: NamedSharding) -> jax.ShapeDtypeStruct:
-    return jax.ShapeDtypeStruct(shape.shape, shape.dtype, sharding=sharding)
+def placed(tree: Any, shardings: Any) -> Any:
+    """Shapes and dtypes of arrays with the shardings that are wanted, as to restore a checkpoint into."""
+    return jax.tree.map(lambda a, s: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=s), tree, shardings)
 
 
 def _on(mesh: jax.sharding.Mesh, function: Callable[..., Any]) -> Callable[..., Any]:

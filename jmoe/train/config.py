@@ -146,6 +146,8 @@ class TrainConfig:
       log_every: steps between lines of the log.
       mesh: how the devices share the work: by default experts over as many as divide them, images over the rest. It
         changes nothing that is computed but the order of sums, and may change whenever a run is resumed.
+      watchdog: how many times the median of the recent steps one may take before the run is ended as stuck, with the
+        stacks of all threads; never before ten minutes. None for no such watch.
     """
 
     model: ViTConfig
@@ -162,7 +164,8 @@ class TrainConfig:
     evaluate: EvalConfig = EvalConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
     log_every: int = 50
-    mesh: Mesh = Mesh()
+    mesh: Mesh = Mesh()  # noqa: RUF009, a frozen dataclass
+    watchdog: float | None = 20.0
 
     def __post_init__(self):
         if (self.epochs is None) == (self.steps is None):
@@ -180,6 +183,8 @@ class TrainConfig:
             raise ValueError(
                 f"TrainConfig wants log_every and accumulate of at least 1; it got {self.log_every}, {self.accumulate}."
             )
+        if self.watchdog is not None and not self.watchdog > 1:
+            raise ValueError(f"TrainConfig wants watchdog above 1, or None; it got {self.watchdog}.")
         if self.model.num_classes is None:
             raise ValueError("TrainConfig wants a model with num_classes: a model without a head cannot be trained.")
         batch = self.data.batch_size

@@ -16,19 +16,28 @@ from jmoe.errors import UserError
 from jmoe.evaluate.accuracy import Evaluation, make_evaluator
 from jmoe.train.checkpoint import Checkpointer
 from jmoe.train.checks import check_classes, check_images, readable
+from jmoe.train.compiled import mesh_of, placed, state_shardings
 from jmoe.train.config import TrainConfig
+from jmoe.train.feed import evaluation_devices
 from jmoe.train.state import TrainState, graph_of, initial_state, make_model
 from jmoe.train.workdir import CHECKPOINTS
 
 
-def evaluator_of(config: TrainConfig) -> Callable[[TrainState], Evaluation]:
-    """Returns a function that evaluates a state on the test images, with its averaged parameters if it has them."""
+def evaluator_of(config: TrainConfig, mesh: jax.sharding.Mesh | None = None) -> Callable[[TrainState], Evaluation]:
+    """Returns a function that evaluates a state on the test images, with its averaged parameters if it has them.
+
+    The state lies on the devices of the mesh; on all, as the experiment's mesh has them, if None.
+    """
     check_classes(config)
+    mesh = mesh_of(config) if mesh is None else mesh
     config = for_evaluation(config)
-    evaluate = make_evaluator(graph_of(config), config.loss, config.model.members)
+    batch_size = evaluation_batch_size(config)
+    rows, devices = evaluation_devices(config, mesh, batch_size)
+    evaluate = make_evaluator(graph_of(config), config.loss, config.model.members, devices)
 
     def evaluator(state: TrainState) -> Evaluation:
-        with contextlib.closing(test_batches(config.data, batch_size=evaluation_batch_size(config))) as batches:
+        batches = test_batches(config.data, batch_size=batch_size, rows=rows)
+        with contextlib.closing(batches), jax.set_mesh(mesh):
             return evaluate((check_images(config, batch) for batch in batches), *arrays_of(state))
 
     return evaluator
@@ -69,17 +78,21 @@ def evaluate_checkpoint(
 
     Args, errors and the step returned are those of `restore`.
     """
-    state, step = restore(config, workdir, step)
-    return evaluator_of(config)(state), step
+    mesh = mesh_of(config)
+    state, step = restore(config, workdir, step, mesh)
+    return evaluator_of(config, mesh)(state), step
 
 
-def restore(config: TrainConfig, workdir: str | os.PathLike[str], step: int | None = None) -> tuple[TrainState, int]:
+def restore(
+    config: TrainConfig, workdir: str | os.PathLike[str], step: int | None, mesh: jax.sharding.Mesh
+) -> tuple[TrainState, int]:
     """Reads what is evaluated of a checkpoint.
 
     Args:
       config: must describe a model with the same parameters; its router, say, may differ.
       workdir: of the run.
       step: of the checkpoint; None for the newest.
+      mesh: of the devices that it is to lie on.
 
     Returns:
       the state without that of the optimizer, and the step.
@@ -92,6 +105,7 @@ def restore(config: TrainConfig, workdir: str | os.PathLike[str], step: int | No
         raise UserError(f"{workdir} holds no checkpoints. Train first: jmoe train EXPERIMENT --workdir {workdir}")
     # Only what is evaluated is restored, so that options of training may differ.
     abstract = dataclasses.replace(jax.eval_shape(lambda: initial_state(config, optax.identity())), optimizer=None)
+    abstract = placed(abstract, state_shardings(abstract, mesh))
     with Checkpointer(directory) as checkpointer:
         if step is None:
             state, _, step = checkpointer.restore_latest(abstract, partial=True)

@@ -5,18 +5,23 @@ import dataclasses
 import os
 from collections.abc import Callable
 
+import jax
 import numpy as np
 
 from jmoe.data import DataConfig, test_batches
 from jmoe.errors import UserError
 from jmoe.evaluate.fewshot import FeatureSet, FewShotResult, few_shot_accuracy, make_featurizer
 from jmoe.train.checks import check_images
+from jmoe.train.compiled import mesh_of
 from jmoe.train.config import FewShot, TrainConfig
 from jmoe.train.evaluation import arrays_of, evaluation_batch_size, for_evaluation, restore
+from jmoe.train.feed import evaluation_devices
 from jmoe.train.state import TrainState, graph_of
 
 
-def few_shot_evaluator_of(config: TrainConfig) -> Callable[[TrainState], FewShotResult]:
+def few_shot_evaluator_of(
+    config: TrainConfig, mesh: jax.sharding.Mesh | None = None
+) -> Callable[[TrainState], FewShotResult]:
     """Returns a function that evaluates a state as config.evaluate.fewshot says, as published where that is None.
 
     The features of a whole training split are computed, though few of them are fitted on: a class is known only when
@@ -27,13 +32,17 @@ def few_shot_evaluator_of(config: TrainConfig) -> Callable[[TrainState], FewShot
         the model's, or a class with fewer images than shots, unless options allow it.
     """
     options = config.evaluate.fewshot or FewShot()
+    mesh = mesh_of(config) if mesh is None else mesh
     config = for_evaluation(config)
     datasets = _datasets(config.data, options)
-    featurize = make_featurizer(graph_of(config), config.model.members)
+    batch_size = evaluation_batch_size(config)
+    rows, devices = evaluation_devices(config, mesh, batch_size)
+    featurize = make_featurizer(graph_of(config), config.model.members, devices)
 
     def features(data: DataConfig, split: str, state: TrainState) -> FeatureSet:
         on_data = dataclasses.replace(config, data=data)
-        with contextlib.closing(test_batches(data, split=split, batch_size=evaluation_batch_size(config))) as batches:
+        batches = test_batches(data, split=split, batch_size=batch_size, rows=rows)
+        with contextlib.closing(batches), jax.set_mesh(mesh):
             return featurize((check_images(on_data, batch) for batch in batches), *arrays_of(state))
 
     def accuracy(name: str, train: FeatureSet, test: FeatureSet) -> np.ndarray:
@@ -70,8 +79,9 @@ def few_shot_checkpoint(
 
     Args, errors and the step returned are those of `jmoe.train.evaluation.restore`.
     """
-    state, step = restore(config, workdir, step)
-    return few_shot_evaluator_of(config)(state), step
+    mesh = mesh_of(config)
+    state, step = restore(config, workdir, step, mesh)
+    return few_shot_evaluator_of(config, mesh)(state), step
 
 
 def _datasets(data: DataConfig, options: FewShot) -> dict[str, DataConfig]:

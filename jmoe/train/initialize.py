@@ -255,8 +255,10 @@ def _parameter_of(moment: str, params: set[str]) -> str | None:
 
 def _like(leaf: jax.Array, value: np.ndarray) -> jax.Array:
     """The value in the dtype of a leaf and where that is."""
-    array = jnp.array(value, leaf.dtype)  # a copy, because the step donates its arguments
-    return jax.device_put(array, leaf.sharding) if leaf.committed else array
+    if not leaf.committed:
+        return jnp.array(value, leaf.dtype)  # a copy, because the step donates its arguments
+    host = np.array(value, leaf.dtype)  # every process has all of it and gives its devices their parts
+    return jax.make_array_from_callback(leaf.shape, leaf.sharding, lambda index: host[index])
 
 
 def _by(grid: tuple[int, int]) -> str:

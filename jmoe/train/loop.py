@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import errno
+import hashlib
 import json
 import os
 import pathlib
@@ -15,17 +16,23 @@ import numpy as np
 from jmoe.data import fingerprint, train_batches
 from jmoe.errors import InterruptedRunError, UserError
 from jmoe.evaluate.accuracy import Evaluation
+from jmoe.parallel import mesh as meshes
+from jmoe.parallel.hosts import code_version, current, package_versions
+from jmoe.parallel.stop import AgreedStop
+from jmoe.parallel.watchdog import Watchdog
 from jmoe.train import workdir as folders
 from jmoe.train.checkpoint import Checkpointer
-from jmoe.train.checks import abstract_batch, check_classes, check_images, readable
+from jmoe.train.checks import check_classes, check_images
+from jmoe.train.compiled import make_program
 from jmoe.train.config import Initialize, TrainConfig, total_steps
+from jmoe.train.config_json import to_json
 from jmoe.train.evaluation import evaluator_of
+from jmoe.train.feed import feeder
 from jmoe.train.fewshot import few_shot_evaluator_of
 from jmoe.train.initialize import start_from
 from jmoe.train.log import MetricWriter, Progress
 from jmoe.train.signals import StopRequest
-from jmoe.train.state import graph_of, initial_state, make_optimizer
-from jmoe.train.step import Metrics, make_step
+from jmoe.train.step import Metrics
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -88,75 +95,90 @@ def train(config: TrainConfig, workdir: str | os.PathLike[str]) -> Summary:
 
 def _train(config: TrainConfig, workdir: str | os.PathLike[str], stop: StopRequest) -> Summary:
     started = time.monotonic()
+    hosts = current()
+    main = hosts.process == 0  # the process that writes and prints; checkpoints are written by all
     check_classes(config)
     steps = total_steps(config)
     position = {"seed": config.seed, "global_batch": config.data.batch_size, "fingerprint": fingerprint(config.data)}
-    path = folders.prepare(workdir, config)
-    if (path / folders.SUMMARY).exists():
+    if hosts.count > 1:
+        hosts.compare(_what_hosts_share(config, position))
+    path = pathlib.Path(workdir).absolute()
+    if main:
+        path = folders.prepare(workdir, config)
+    # Process 0 says for all whether there is anything to do: what another sees of the folder may be older.
+    if hosts.gather("finished before", str((path / folders.SUMMARY).exists()))[0] == "True":
         return _finished(path)
 
-    # Functions: the model without its arrays, the step, the evaluation.
-    optimizer = make_optimizer(config, steps)
-    graph = graph_of(config)
-    step_function = jax.jit(make_step(config, graph, optimizer, steps), donate_argnums=0)
-    evaluator = evaluator_of(config)
-    few_shot = None if config.evaluate.fewshot is None else few_shot_evaluator_of(config)
+    # Functions: the model without its arrays, the step, the evaluation; and the mesh on which they run.
+    program = make_program(config, steps)
+    mesh = program.mesh
+    evaluator = evaluator_of(config, mesh)
+    few_shot = None if config.evaluate.fewshot is None else few_shot_evaluator_of(config, mesh)
     evaluate_every = config.evaluate.every or max(1, steps // 10)
     save_every = config.checkpoint.every or max(1, steps // 10)
-    make_state = jax.jit(lambda: initial_state(config, optimizer))
-    abstract_state = jax.eval_shape(make_state)
-    with readable():
-        jax.eval_shape(step_function, abstract_state, abstract_batch(config))
+    rows, put = feeder(mesh, config.data.batch_size)
 
     with contextlib.ExitStack() as stack:
+        stack.enter_context(jax.set_mesh(mesh))
         checkpointer = stack.enter_context(Checkpointer(path / folders.CHECKPOINTS, keep=config.checkpoint.keep))
 
         # State: drawn anew, with other weights if the experiment names them, or that of the last checkpoint.
         start, resumed_from = 0, None
         if checkpointer.latest() is None:
-            state = make_state()
+            state = program.init()
             if config.initialize is not None:
                 state = start_from(config.initialize, config.model, state)
                 start = _first_step(config.initialize, int(state.step), steps)
         else:
-            state, saved, start = checkpointer.restore_latest(abstract_state)
+            state, saved, start = checkpointer.restore_latest(program.state)
             resumed_from = start
             _check_position(path, saved, position)
 
-        writer = stack.enter_context(MetricWriter(path, resume_step=start))
-        batches = train_batches(config.data, seed=config.seed, start_step=start)
+        writer = stack.enter_context(MetricWriter(path, resume_step=start)) if main else None
+        batches = train_batches(config.data, seed=config.seed, start_step=start, rows=rows)
         stack.callback(batches.close)
-        progress = stack.enter_context(Progress(steps, config.data.batch_size, start_step=start))
+        progress = stack.enter_context(Progress(steps, config.data.batch_size, start_step=start)) if main else None
+        if progress is not None and mesh.size > 1:
+            progress.print(f"{mesh.size} devices: {meshes.of(mesh)}")
         recent: list[Metrics] = []  # of the steps since the last line of the log, still on the device
         evaluation = None
+        agreed = AgreedStop(mesh)
+        watchdog = None if config.watchdog is None else stack.enter_context(Watchdog(multiple=config.watchdog))
 
         for step in range(start + 1, steps + 1):
             batch = next(batches)
             check_images(config, batch)
-            state, metrics = step_function(state, {"image": batch["image"], "label": batch["label"]})
+            state, metrics = program.step(state, put({"image": batch["image"], "label": batch["label"]}))
             recent.append(metrics)
-            stopped_by = stop.signum  # read once: a signal that comes later in this turn is for the next one
+            # Read once: a signal that comes later in this turn is for the next one. All hosts stop after the same step.
+            stopped_by = agreed.update(stop.signum)
             due = step == steps or stopped_by is not None
             if due or step % config.log_every == 0 or step % save_every == 0 or step % evaluate_every == 0:
                 # Before anything is saved: a state that is not finite must not become the last good one.
                 values = mean_of(recent, step, checkpointer)
-                writer.write(step, {f"train/{name}": value for name, value in values.items()})
-                progress.update(step, values["loss"])
+                if writer is not None and progress is not None:
+                    writer.write(step, {f"train/{name}": value for name, value in values.items()})
+                    progress.update(step, values["loss"])
                 recent = []
-            if due or step % save_every == 0:
-                checkpointer.save(step, state, position | {"step": step})
-            if step == steps or step % evaluate_every == 0:
-                evaluation = evaluator(state)
-                few_shot_metrics = {} if few_shot is None else few_shot(state).metrics()
-                writer.write(step, _test_metrics(evaluation) | few_shot_metrics)
-                progress.print(f"step {step}: test accuracy {100 * evaluation.accuracy:.2f} %")
-            if stopped_by is not None and step < steps:
-                checkpointer.wait()
-                raise InterruptedRunError(
-                    f"Stopped after step {step} of {steps}, saved in {path}. Run the same command to go on.",
-                    stopped_by,
-                )
-        checkpointer.wait()
+            with contextlib.nullcontext() if watchdog is None else watchdog.paused():
+                if due or step % save_every == 0:
+                    checkpointer.save(step, state, position | {"step": step})
+                if step == steps or step % evaluate_every == 0:
+                    evaluation = evaluator(state)
+                    few_shot_metrics = {} if few_shot is None else few_shot(state).metrics()
+                    if writer is not None and progress is not None:
+                        writer.write(step, _test_metrics(evaluation) | few_shot_metrics)
+                        progress.print(f"step {step}: test accuracy {100 * evaluation.accuracy:.2f} %")
+                if stopped_by is not None and step < steps:
+                    checkpointer.wait()
+                    raise InterruptedRunError(
+                        f"Stopped after step {step} of {steps}, saved in {path}. Run the same command to go on.",
+                        stopped_by,
+                    )
+            if watchdog is not None:
+                watchdog.step_ended(step)
+        with contextlib.nullcontext() if watchdog is None else watchdog.paused():
+            checkpointer.wait()
 
     if evaluation is None:  # the last checkpoint was complete, but the run ended before its summary was written
         evaluation = evaluator(state)
@@ -166,10 +188,27 @@ def _train(config: TrainConfig, workdir: str | os.PathLike[str], stop: StopReque
         evaluation=evaluation,
         seconds=time.monotonic() - started,
         resumed_from=resumed_from,
-        damaged_images=len(batches.bad),
+        damaged_images=sum(map(int, hosts.gather("damaged images", str(len(batches.bad))))),
     )
-    _write_json(path / folders.SUMMARY, dataclasses.asdict(summary))
+    if main:
+        _write_json(path / folders.SUMMARY, dataclasses.asdict(summary))
     return summary
+
+
+def _what_hosts_share(config: TrainConfig, position: dict[str, Any]) -> dict[str, str]:
+    """What must be the same on all hosts before the first step."""
+    with contextlib.closing(
+        train_batches(config.data, seed=config.seed, rows=range(min(4, config.data.batch_size)))
+    ) as batches:
+        first = next(batches)
+    digest = hashlib.sha256(first["image"].tobytes() + first["label"].tobytes()).hexdigest()
+    return {
+        "the experiment": json.dumps(to_json(config)),
+        "the code of jmoe": code_version(),
+        "the versions of packages": package_versions(),
+        "the dataset": str(position["fingerprint"]),
+        "the first images": digest,
+    }
 
 
 def mean_of(recent: list[Metrics], step: int, checkpointer: Checkpointer) -> dict[str, float]:

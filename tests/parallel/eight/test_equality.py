@@ -10,7 +10,7 @@ import pytest
 from flax import nnx
 
 from jmoe import Balance, ExpertChoice, Importance, Load, MoEConfig, Soft, Switch, TopK, Transport
-from jmoe.models.vit import ViTConfig, VisionTransformer
+from jmoe.models.vit import VisionTransformer, ViTConfig
 from jmoe.nn.ensemble import task_loss
 from jmoe.parallel import Exchange, Mesh, build, shardings
 from jmoe.paths import path_names
