@@ -245,10 +245,12 @@ def _collectives(program: Program, operations: Iterable[Operation], times: int) 
                 end = i
                 if _has(program, operation, "AsyncCollectiveStart"):
                     end = next((j for j in range(i + 1, len(operations)) if _ends(program, operations[j], channel)), i)
-                yield _collective(program, inner, times, operations[i + 1 : end])
+                yield _collective(program, inner, times, operations[i + 1 : end], fused=True)
 
 
-def _collective(program: Program, operation: Operation, times: int, between: Sequence[Operation]) -> Collective:
+def _collective(
+    program: Program, operation: Operation, times: int, between: Sequence[Operation], fused: bool = False
+) -> Collective:
     kind = operation.opcode.removesuffix("-start")
     groups = groups_of(operation.line, program.partitions)
     if kind == "collective-permute":
@@ -256,11 +258,10 @@ def _collective(program: Program, operation: Operation, times: int, between: Seq
     operands = program.operands(operation)
     if kind == "ragged-all-to-all":  # the others are the buffer to write into, offsets and sizes
         operands = operands[:1]
-    # In a fusion that only reads a part of it, an operand may be named by a parameter of the same shape.
     whole = sum(size(operand.shape) for operand in operands)
     if kind == "all-gather":
         whole *= max(map(len, groups), default=1)
-    if kind == "all-reduce" and _only_a_part_is_kept(program, operation):
+    if kind == "all-reduce" and fused and _only_a_part_is_kept(program, operation):
         kind = "reduce-scatter"
     return Collective(name=operation.name, kind=kind, bytes=whole, groups=groups, times=times, between=tuple(between))
 
@@ -278,8 +279,6 @@ def _inside(program: Program, operation: Operation) -> list[Operation]:
 
 def _only_a_part_is_kept(program: Program, all_reduce: Operation) -> bool:
     """Whether a fusion slices the result of its all-reduce: how the compiler for TPUs writes a reduce-scatter."""
-    if all_reduce.computation == program.entry:
-        return False
     users = [o for o in program.computations[all_reduce.computation].values() if all_reduce.name in o.operands]
     return bool(users) and all(user.opcode == "dynamic-slice" for user in users)
 

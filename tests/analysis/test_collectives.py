@@ -98,7 +98,9 @@ PROGRAM = """HloModule jit_f, is_scheduled=true, num_partitions=16
   %one = s32[] constant(1)
   %next = s32[] add(%i, %one)
   %sums = f32[16]{0} all-reduce(%v), channel_id=7, replica_groups=[4,4]<=[4,4]T(1,0), to_apply=%add
-  ROOT %again = (s32[], f32[16]{0}) tuple(%next, %sums)
+  %part.1 = f32[4]{0} dynamic-slice(%sums, %one), dynamic_slice_sizes={4}
+  %new = f32[16]{0} concatenate(%part.1, %part.1, %part.1, %part.1), dimensions={0}
+  ROOT %again = (s32[], f32[16]{0}) tuple(%next, %new)
 }
 
 %condition (e: (s32[], f32[16])) -> pred[] {
