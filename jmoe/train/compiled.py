@@ -46,13 +46,19 @@ class Program:
         return rows_of(self.batch["image"].sharding, self.batch["image"].shape[0], process)
 
 
-def make_program(config: TrainConfig, total_steps: int, devices: Sequence[Any] | None = None) -> Program:
+def make_program(
+    config: TrainConfig,
+    total_steps: int,
+    devices: Sequence[Any] | None = None,
+    exchange: Callable[[jax.sharding.Mesh], Exchange] | None = None,
+) -> Program:
     """Prepares the step of an experiment for devices; nothing is compiled yet.
 
     Args:
       config: the experiment, whose mesh says how they share the work.
       total_steps: the length of the run, for the learning rate.
       devices: all of the run, or of a topology to compile for; `jax.devices()` if None.
+      exchange: makes that of a mesh; None for our own.
 
     Raises:
       UserError: the mesh does not fit the devices, a batch cannot be divided among them, or the layers cannot route
@@ -60,17 +66,17 @@ def make_program(config: TrainConfig, total_steps: int, devices: Sequence[Any] |
     """
     mesh = mesh_of(config, devices)
     check_batch(config.data.batch_size // config.accumulate, config, mesh)
-    exchange = exchange_of(mesh)
+    carry = (exchange or exchange_of)(mesh)
     optimizer, graph = make_optimizer(config, total_steps), graph_of(config)
     state = jax.eval_shape(lambda: initial_state(config, optimizer))
     where = state_shardings(state, mesh)
     batch = {name: placed(shape, divided(mesh)) for name, shape in abstract_batch(config).items()}
-    step = make_step(config, graph, optimizer, total_steps, exchange)
+    step = make_step(config, graph, optimizer, total_steps, carry)
     with readable(), jax.set_mesh(mesh):
         jax.eval_shape(step, state, batch)
     return Program(
         mesh=mesh,
-        exchange=exchange,
+        exchange=carry,
         state=placed(state, where),
         batch=batch,
         init=_on(mesh, jax.jit(lambda: initial_state(config, optimizer), out_shardings=where)),

@@ -117,6 +117,12 @@ def _train(config: TrainConfig, workdir: str | os.PathLike[str], stop: StopReque
     evaluate_every = config.evaluate.every or max(1, steps // 10)
     save_every = config.checkpoint.every or max(1, steps // 10)
     rows, put = feeder(mesh, config.data.batch_size)
+    step_function = program.step
+    if hosts.count > 1:
+        # Compiled before any of them starts: devices wait for those of other hosts, but not for ever (gloo: 30 s).
+        with jax.set_mesh(mesh):
+            step_function = program.step.lower(program.state, program.batch).compile()
+        hosts.gather("compiled", "")
 
     with contextlib.ExitStack() as stack:
         stack.enter_context(jax.set_mesh(mesh))
@@ -148,7 +154,7 @@ def _train(config: TrainConfig, workdir: str | os.PathLike[str], stop: StopReque
         for step in range(start + 1, steps + 1):
             batch = next(batches)
             check_images(config, batch)
-            state, metrics = program.step(state, put({"image": batch["image"], "label": batch["label"]}))
+            state, metrics = step_function(state, put({"image": batch["image"], "label": batch["label"]}))
             recent.append(metrics)
             # Read once: a signal that comes later in this turn is for the next one. All hosts stop after the same step.
             stopped_by = agreed.update(stop.signum)

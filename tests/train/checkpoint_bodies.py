@@ -203,7 +203,7 @@ def troubles(directory: str):
 
 def saves_for_ever(directory: str, data: str, expert: str):
     """Saves one step after the other, saying which, until it is killed or hears that another was."""
-    agreement.SECONDS = agreement._GRACE = 2.0
+    agreement.SECONDS = agreement._GRACE = 5.0
     wanted = abstract(mesh_of(int(data), 1, int(expert), 1), size=20_000)
     try:
         with Checkpointer(directory) as checkpointer:
