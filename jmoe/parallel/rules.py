@@ -22,6 +22,7 @@ logger = logging.getLogger("jmoe")
 
 Axis = str | tuple[str, ...] | None
 Rule = tuple[str, tuple[Axis, ...]]
+AnyMesh = jax.sharding.Mesh | jax.sharding.AbstractMesh
 
 # Expert parallel, fully sharded data parallel and tensor parallel at once; an axis of size 1 divides nothing.
 # In tensor parallel the first matrix is cut by columns and the second by rows, so that only their result is summed.
@@ -76,7 +77,7 @@ class Placement:
         return lines
 
 
-def place(shapes: Mapping[str, tuple[int, ...]], mesh: jax.sharding.Mesh, rules: Sequence[Rule] = RULES) -> Placement:
+def place(shapes: Mapping[str, tuple[int, ...]], mesh: AnyMesh, rules: Sequence[Rule] = RULES) -> Placement:
     """Applies rules to parameters.
 
     Args:
@@ -112,7 +113,7 @@ def place(shapes: Mapping[str, tuple[int, ...]], mesh: jax.sharding.Mesh, rules:
     return Placement(specs=specs, unmatched=tuple(unmatched), unused=tuple(unused), whole=tuple(whole))
 
 
-def shardings(tree: Any, mesh: jax.sharding.Mesh, rules: Sequence[Rule] = RULES) -> Any:
+def shardings(tree: Any, mesh: AnyMesh, rules: Sequence[Rule] = RULES) -> Any:
     """Returns a tree of `NamedSharding`s for a tree of parameters, such as `nnx.state(model)` or Linen's variables.
 
     Args:
@@ -129,7 +130,7 @@ def shardings(tree: Any, mesh: jax.sharding.Mesh, rules: Sequence[Rule] = RULES)
     return treedef.unflatten([NamedSharding(mesh, placement.specs[name]) for name in names])
 
 
-def state_shardings(params: Any, state: Any, mesh: jax.sharding.Mesh, rules: Sequence[Rule] = RULES) -> Any:
+def state_shardings(params: Any, state: Any, mesh: AnyMesh, rules: Sequence[Rule] = RULES) -> Any:
     """Shardings for everything that goes with parameters: an optimizer's state above all.
 
     A leaf whose name ends with that of a parameter lies as this does, or, if it has lost an axis of it (the factors of
@@ -165,7 +166,7 @@ def _of_part(shape: tuple[int, ...], spec: PartitionSpec, part: tuple[int, ...])
     return PartitionSpec()
 
 
-def _compile(rule: Rule, mesh: jax.sharding.Mesh) -> tuple[re.Pattern[str], tuple[Axis, ...]]:
+def _compile(rule: Rule, mesh: AnyMesh) -> tuple[re.Pattern[str], tuple[Axis, ...]]:
     pattern, axes = rule
     unknown = [name for names in axes for name in _names(names) if name not in mesh.shape]
     if unknown:

@@ -1,0 +1,80 @@
+"""The mesh that an experiment asks for, and what the devices make of it."""
+
+import math
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from jmoe.errors import UserError
+from jmoe.parallel.mesh import AXES, Mesh, batch_parts, build, of, possible, resolve
+from jmoe.parallel.topology import topology_devices
+
+
+@pytest.mark.parametrize(
+    ("mesh", "devices", "experts", "expected"),
+    [
+        (Mesh(), 1, 8, Mesh(data=1, expert=1)),
+        (Mesh(), 8, 8, Mesh(data=1, expert=8)),
+        (Mesh(), 6, 8, Mesh(data=3, expert=2)),
+        (Mesh(), 256, 32, Mesh(data=8, expert=32)),
+        (Mesh(), 8, None, Mesh(data=8, expert=1)),
+        (Mesh(data=4), 8, 8, Mesh(data=4, expert=2)),
+        (Mesh(fsdp=4), 8, 8, Mesh(data=1, expert=2, fsdp=4)),
+        (Mesh(fsdp=2, model=2), 8, 32, Mesh(data=1, expert=2, fsdp=2, model=2)),
+        (Mesh(expert=2), 8, 8, Mesh(data=4, expert=2)),
+        (Mesh(data=2, expert=2, model=2), 8, 8, Mesh(data=2, expert=2, model=2)),
+    ],
+)
+def test_experts_take_as_many_devices_as_divide_them_and_images_the_rest(mesh, devices, experts, expected):
+    assert resolve(mesh, devices, experts) == expected
+
+
+@given(devices=st.integers(1, 64), experts=st.sampled_from([None, 1, 6, 8, 32]))
+def test_every_number_of_devices_has_a_mesh(devices, experts):
+    mesh = resolve(Mesh(), devices, experts)
+    assert math.prod(getattr(mesh, name) for name in AXES) == devices
+    assert (experts or 1) % mesh.expert == 0
+    assert mesh in list(possible(devices, experts))
+
+
+@pytest.mark.parametrize(
+    ("mesh", "devices", "experts", "sentence"),
+    [
+        (
+            Mesh(data=2, expert=3),
+            8,
+            8,
+            r"Mesh\(data=2, expert=3\) divides the experts by 3, which num_experts=8 does not",
+        ),
+        (Mesh(expert=2), 8, None, r"which a model without experts does not allow: use Mesh\(data=8, expert=1\)"),
+        (
+            Mesh(data=2, expert=2),
+            8,
+            8,
+            r"is for 4 devices; there are 8: use Mesh\(data=4, expert=2\), or leave data and",
+        ),
+        (Mesh(data=16, expert=1), 1, 8, r"is for 16 devices; there is 1: use Mesh\(data=1, expert=1\)"),
+        (Mesh(fsdp=3), 8, 8, r"Mesh\(fsdp=3\) is for a multiple of 3 devices; there are 8: use Mesh\(.*fsdp=4\)"),
+        (Mesh(data=3, model=2), 8, 8, r"is for a multiple of 6 devices; there are 8: use Mesh\(data=.*model=2\)"),
+    ],
+)
+def test_a_mesh_that_does_not_fit_is_refused_with_the_nearest_that_does(mesh, devices, experts, sentence):
+    with pytest.raises(UserError, match=sentence):
+        resolve(mesh, devices, experts)
+
+
+def test_a_mesh_counts_from_one():
+    with pytest.raises(ValueError, match="Mesh wants fsdp of at least 1; it got 0"):
+        Mesh(fsdp=0)
+
+
+def test_devices_of_a_slice_are_laid_out_along_the_axes():
+    mesh = build(Mesh(expert=4, model=2), topology_devices("v5e:4x4"), 32)
+    assert dict(mesh.shape) == {"data": 2, "fsdp": 1, "expert": 4, "model": 2}
+    assert batch_parts(mesh) == 8
+    assert of(mesh) == Mesh(data=2, expert=4, model=2)
+    assert len({device.id for device in mesh.devices.flat}) == 16
+    for pair in mesh.devices.reshape(8, 2):  # model is innermost: neighbours on the torus
+        (a, b) = (device.coords for device in pair)
+        assert sum(abs(i - j) for i, j in zip(a, b, strict=True)) == 1

@@ -1,0 +1,122 @@
+"""Runs of several processes: stopped by force or by a signal, resumed by another number, and the same in the end."""
+
+import pathlib
+import shutil
+import signal
+import sys
+
+import jax
+import numpy as np
+import pytest
+
+from jmoe.paths import path_names
+from jmoe.train import workdir as folders
+from jmoe.train.checkpoint import Checkpointer
+from jmoe.train.experiment import load_experiment
+from jmoe.train.state import initial_state, make_optimizer
+from tests.parallel import processes
+
+STEPS = 60
+EXPERIMENT = f"""
+from jmoe import MoEConfig, TopK
+from jmoe.train.config import CheckpointConfig, EvalConfig
+from tests.train.tiny import tiny_config
+import dataclasses
+
+
+def get_config():
+    often = {{"log_every": 1, "checkpoint": CheckpointConfig(every=8), "evaluate": EvalConfig(every=30)}}
+    config = tiny_config(steps={STEPS}, **often)
+    moe = dataclasses.replace(config.model.moe, num_experts=4, router=TopK(k=2))
+    optimizer = dataclasses.replace(config.optimizer, eps=1e-4)  # see final_state
+    return dataclasses.replace(config, model=dataclasses.replace(config.model, moe=moe), optimizer=optimizer)
+"""
+
+
+@pytest.fixture(scope="module")
+def experiment(tmp_path_factory):
+    path = tmp_path_factory.mktemp("experiment") / "digits_small.py"
+    path.write_text(EXPERIMENT)
+    return path
+
+
+def run(experiment, workdir, count):
+    """Starts a run of so many processes; a context manager."""
+    command = [sys.executable, "-m", "jmoe", "train", str(experiment), "--workdir", str(workdir)]
+    if count > 1:
+        command += ["--coordinator", "{coordinator}", "--processes", "{processes}", "--process", "{process}", "--local"]
+    return processes.start([command] * count)
+
+
+def finish(experiment, workdir, count):
+    """Runs to the end."""
+    with run(experiment, workdir, count) as running:
+        ended = running.wait(300)
+    for i, process in enumerate(ended):
+        assert process.status == 0, f"process {i}: {process.stdout}{process.stderr}"
+    return ended
+
+
+def final_state(experiment, workdir):
+    """The arrays of the last checkpoint by name.
+
+    A bias of keys moves all logits of a query alike: its gradient is rounding, which differs with the order of sums,
+    and Adam would make steps of it, were its eps not larger.
+    """
+    config = load_experiment(experiment)
+    abstract = jax.eval_shape(lambda: initial_state(config, make_optimizer(config, STEPS)))
+    with Checkpointer(pathlib.Path(workdir) / folders.CHECKPOINTS) as checkpointer:
+        state, _ = checkpointer.restore(STEPS, abstract)
+    named = zip(path_names(state), jax.tree.leaves(state), strict=True)
+    return {name: np.asarray(leaf) for name, leaf in named if name != "key"}
+
+
+def check_equal(ours, theirs, tolerance):
+    assert ours.keys() == theirs.keys()
+    for name in ours:
+        if tolerance:
+            np.testing.assert_allclose(ours[name], theirs[name], rtol=tolerance, atol=tolerance, err_msg=name)
+        else:
+            np.testing.assert_array_equal(ours[name], theirs[name], err_msg=name)
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(experiment, tmp_path_factory):
+    """The end of a run of two processes that nobody disturbed."""
+    workdir = tmp_path_factory.mktemp("uninterrupted")
+    first, second = finish(experiment, workdir, 2)
+    assert f"finished         step {STEPS}" in first.stdout  # process 0 speaks for all
+    assert second.stdout == ""
+    return final_state(experiment, workdir)
+
+
+@pytest.mark.slow
+def test_a_killed_run_is_resumed_by_any_number_of_processes(experiment, uninterrupted, tmp_path):
+    workdir = tmp_path / "killed"
+    with run(experiment, workdir, 2) as running:
+        running.wait_for(0, f"step 20/{STEPS}", 200)
+        running.kill(1)
+        ended = running.wait(90)
+    assert ended[0].status not in (0, -signal.SIGKILL)
+    assert "ended without a word" in ended[0].stderr or "process 1" in ended[0].stderr, ended[0].stderr
+    for count in (2, 4, 1):
+        shutil.copytree(workdir, tmp_path / str(count))
+        finished = finish(experiment, tmp_path / str(count), count)
+        assert "resumed from step" in finished[0].stdout
+        # The same shape of the job: the same sums in the same order.
+        check_equal(final_state(experiment, tmp_path / str(count)), uninterrupted, 0 if count == 2 else 1e-5)
+
+
+@pytest.mark.slow
+def test_a_signal_to_one_process_stops_all_after_the_same_step(experiment, uninterrupted, tmp_path):
+    with run(experiment, tmp_path, 4) as running:
+        running.wait_for(0, f"step 10/{STEPS}", 200)
+        running.kill(2, signal.SIGTERM)
+        ended = running.wait(90)
+    said = [next(line for line in process.stderr.splitlines() if "Stopped after step" in line) for process in ended]
+    assert {process.status for process in ended} == {128 + signal.SIGTERM}
+    assert len(set(said)) == 1
+    step = int(said[0].split("Stopped after step ")[1].split()[0])
+    assert folders.latest(tmp_path / folders.CHECKPOINTS) == step
+    finish(experiment, tmp_path, 2)
+    check_equal(final_state(experiment, tmp_path), uninterrupted, 1e-5)
