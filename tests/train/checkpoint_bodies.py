@@ -191,9 +191,9 @@ def troubles(directory: str):
         said["space again"] = checkpointer.steps()
 
     # A process that does not come, and one that comes for something else.
-    agreement.SECONDS, agreement._GRACE = 1.0, 5.0
     with Checkpointer(shared) as checkpointer:
         said["another step"] = _sentence(lambda: checkpointer.save(4 + process, random_state(4, wanted), {}))
+        agreement.SECONDS = 1.0
         if process == 1:
             time.sleep(2)
         said["late"] = _sentence(lambda: checkpointer.save(4, random_state(4, wanted), {}))
