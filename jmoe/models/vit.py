@@ -1,7 +1,6 @@
 """The vision transformer, dense and sparse (V-MoE, arXiv:2106.05974; ViT, arXiv:2010.11929)."""
 
 import dataclasses
-import functools
 import math
 import re
 import typing
@@ -252,7 +251,10 @@ class VisionTransformer(nnx.Module):
 
         losses: dict[str, Array] = {}
         metrics, routing = {}, {}
-        apply = functools.partial(_apply_block, exchange=exchange)
+
+        def apply(block: Block, x: Array, mask: Array | None, key: PRNGKeyArray | None):
+            return block(x, mask=mask, key=key, exchange=exchange)
+
         if config.remat:  # but nothing is sent twice
             apply = nnx.remat(apply, policy=jax.checkpoint_policies.save_only_these_names(EXCHANGED))
         for i, block in enumerate(self.blocks):
@@ -300,10 +302,6 @@ def moe_of_block(config: ViTConfig) -> MoEConfig:
     """The options of a sparse block: those of config.moe, with the dense blocks' hidden width where it names none."""
     assert config.moe is not None
     return dataclasses.replace(config.moe, hidden_dim=config.moe.hidden_dim or config.hidden_dim)
-
-
-def _apply_block(block: Block, x: Array, mask: Array | None, key: PRNGKeyArray | None, *, exchange: Exchange):
-    return block(x, mask=mask, key=key, exchange=exchange)
 
 
 # Published sizes: width, depth, hidden_dim, num_heads.

@@ -149,6 +149,8 @@ def _train(config: TrainConfig, workdir: str | os.PathLike[str], stop: StopReque
         recent: list[Metrics] = []  # of the steps since the last line of the log, still on the device
         evaluation = None
         agreed = AgreedStop(mesh)
+        # The threads of several CPU devices can wait for each other for ever if programs pile up.
+        in_turn = mesh.size > 1 and mesh.devices.flat[0].platform == "cpu"
         watchdog = None if config.watchdog is None else stack.enter_context(Watchdog(multiple=config.watchdog))
 
         for step in range(start + 1, steps + 1):
@@ -156,6 +158,8 @@ def _train(config: TrainConfig, workdir: str | os.PathLike[str], stop: StopReque
             check_images(config, batch)
             state, metrics = step_function(state, put({"image": batch["image"], "label": batch["label"]}))
             recent.append(metrics)
+            if in_turn:
+                jax.block_until_ready(metrics["loss"])
             # Read once: a signal that comes later in this turn is for the next one. All hosts stop after the same step.
             stopped_by = agreed.update(stop.signum)
             due = step == steps or stopped_by is not None
