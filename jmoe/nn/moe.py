@@ -245,7 +245,7 @@ class MoEMlp(nnx.Module):
             return exchange.with_experts(through, parameters, ExpertMlp.AXES, tokens, decision, key=key)
 
         implementation = config.implementation
-        moved = config.exchange_dtype or _narrower(self.experts.dtype, tokens.dtype)
+        moved = _moved_as(config, self.experts, tokens)
 
         def to_slots(tokens: Array, decision: Decision) -> Array:
             return _slots(tokens, decision, method, implementation)
@@ -275,13 +275,12 @@ def _ragged(
     # From one device to another go all its rows at most, or as many as the experts there have slots for its groups.
     slots = decision.num_experts // carrier.expert_parts * decision.token.shape[0] * decision.capacity
     limit = min(sorted_rows.rows.shape[0], slots)
-    rows, sizes, back = carrier.rows_to_experts(
-        _as(config.exchange_dtype, sorted_rows.rows), sorted_rows.group_sizes, limit
-    )
     experts = nnx.merge(graph, parameters)
+    moved = _moved_as(config, experts, tokens)
+    rows, sizes, back = carrier.rows_to_experts(_as(moved, sorted_rows.rows), sorted_rows.group_sizes, limit)
     rows = carrier.to_parts(rows.astype(tokens.dtype))
     outputs = carrier.sum_parts(experts.ragged(rows, sizes, key=key, implementation=implementation))
-    outputs = back(_as(config.exchange_dtype, rounded(outputs, config.exchange_dtype))).astype(outputs.dtype)
+    outputs = back(_as(moved, rounded(outputs, config.exchange_dtype))).astype(outputs.dtype)
     return combine(outputs, decision, "ragged", implementation=implementation)
 
 
@@ -306,11 +305,12 @@ def _fused(
     if carrier.expert_parts == 1:
         return through(tokens, decision, apply, implementation)
     slots = _slots(tokens, decision, "gather", implementation)
-    slots = carrier.slots_to_experts(_as(config.exchange_dtype, slots)).astype(tokens.dtype)
+    moved = _moved_as(config, experts, tokens)
+    slots = carrier.slots_to_experts(_as(moved, slots)).astype(tokens.dtype)
     E, N, D = slots.shape
     same = jnp.arange(E * N)  # every slot has the row of its own
     outputs = apply(slots.reshape(E * N, D), same[:, None], same).reshape(E, N, -1)
-    outputs = carrier.slots_to_tokens(_as(config.exchange_dtype, outputs)).astype(outputs.dtype)
+    outputs = carrier.slots_to_tokens(_as(moved, outputs)).astype(outputs.dtype)
     return combine(_by_group(outputs, decision), decision, "gather", implementation=implementation)
 
 
@@ -339,9 +339,11 @@ def _as(dtype: Any, x: Float[Array, "..."]) -> Float[Array, "..."]:
     return x if dtype is None else x.astype(dtype)
 
 
-def _narrower(dtype: Any, than: Any) -> Any:
-    """The dtype, if its values take less space; None otherwise."""
-    return None if dtype is None or jnp.dtype(dtype).itemsize >= jnp.dtype(than).itemsize else dtype
+def _moved_as(config: MoEConfig, experts: ExpertMlp, tokens: Float[Array, "..."]) -> Any:
+    """The dtype in which tokens travel: what they are rounded to, or that of the experts if it takes less space."""
+    if config.exchange_dtype is not None or experts.dtype is None:
+        return config.exchange_dtype
+    return experts.dtype if jnp.dtype(experts.dtype).itemsize < tokens.dtype.itemsize else None
 
 
 def _check_parts(B: int, T: int, S: int, parts: int) -> None:
