@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     from jmoe import convert as convert
     from jmoe import linen as linen
     from jmoe import models as models
+    from jmoe import parallel as parallel
     from jmoe.dispatch import combine as combine
     from jmoe.dispatch import dispatch as dispatch
     from jmoe.nn import MoEConfig as MoEConfig
@@ -53,12 +54,14 @@ __all__ = [
     "dispatch",
     "linen",
     "models",
+    "parallel",
 ]
 
 _HOME = {  # the others are in jmoe.routing
     "convert": "jmoe",
     "linen": "jmoe",
     "models": "jmoe",
+    "parallel": "jmoe",
     "combine": "jmoe.dispatch",
     "dispatch": "jmoe.dispatch",
     "MoEConfig": "jmoe.nn",

@@ -5,6 +5,7 @@ from flax import linen, nnx
 from jax.typing import DTypeLike
 
 from jmoe.nn import moe as nnx_moe
+from jmoe.nn.exchange import ONE_DEVICE, Exchange
 from jmoe.notation import Array, Bool, Float
 
 
@@ -23,7 +24,12 @@ class MoEMlp(linen.Module):
 
     @linen.compact
     def __call__(
-        self, x: Float[Array, "B T D"], *, mask: Bool[Array, "B T"] | None = None, deterministic: bool = True
+        self,
+        x: Float[Array, "B T D"],
+        *,
+        mask: Bool[Array, "B T"] | None = None,
+        deterministic: bool = True,
+        exchange: Exchange = ONE_DEVICE,
     ) -> nnx_moe.MoEOutput:
         """Applies the layer; arguments and result as in `jmoe.MoEMlp`, with deterministic=False for training."""
         D = x.shape[-1]
@@ -39,4 +45,4 @@ class MoEMlp(linen.Module):
         }
         nnx.replace_by_pure_dict(state, parameters)
         key = None if deterministic else self.make_rng("gating")
-        return nnx.merge(graph, state)(x, mask=mask, key=key)
+        return nnx.merge(graph, state)(x, mask=mask, key=key, exchange=exchange)
