@@ -140,7 +140,8 @@ def one_plan(experiment: str, plan: "Plan") -> str:
         ]
         if plan.days is not None:
             lines.append(
-                f"{plan.steps:,} steps take at least {plan.days:.2f} days and {plan.chip_hours:,.0f} chip-hours"
+                f"{plan.steps:,} steps take at least {_number(plan.days)} days and "
+                f"{_number(plan.chip_hours, digits=0)} chip-hours"
             )
     return "\n".join([*lines, *([""] if plan.notes else []), *plan.notes])
 
@@ -164,9 +165,9 @@ def side_by_side(plans: "list[Plan]") -> str:
             "sent GB": _number(None if plan.bound is None else sum(row.sent for row in plan.bound.traffic), 1e-9),
             "waiting ms": _number(None if plan.bound is None else plan.bound.collectives, 1e3),
             "step ms, at least": _number(plan.step_seconds, 1e3),
-            "images/s, at most": _number(plan.images_per_second, 1.0, 0),
-            "days, at least": _number(plan.days, 1.0),
-            "chip-hours, at least": _number(plan.chip_hours, 1.0, 0),
+            "images/s, at most": _number(plan.images_per_second, digits=0),
+            "days, at least": _number(plan.days),
+            "chip-hours, at least": _number(plan.chip_hours, digits=0),
         }
         for plan in plans
     ]
@@ -213,5 +214,9 @@ def _gib(size: int | None) -> str:
     return "-" if size is None else f"{size / 2**30:.3f}"
 
 
-def _number(value: Any, scale: float, digits: int = 2) -> str:
-    return "-" if value is None else f"{value * scale:,.{digits}f}"
+def _number(value: Any, scale: float = 1.0, digits: int = 2) -> str:
+    """A number with so many decimals, or two digits that say something if it is small."""
+    if value is None:
+        return "-"
+    value *= scale
+    return f"{value:.2g}" if 0 < value < 0.1 else f"{value:,.{digits}f}"

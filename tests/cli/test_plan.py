@@ -86,7 +86,7 @@ def test_a_plan_is_text_that_says_bound_and_chip(asked, capsys):
         "a step takes at least 73.00 ms: 50.00 by the compiler, 20.00 of kernels, 1.00 of gathers, scatters and sorts, "
         "2.00 waiting for other chips",
         "at most 1,753 images/s",
-        "1,000 steps take at least 0.00 days and 0 chip-hours",
+        "1,000 steps take at least 0.00084 days and 0.081 chip-hours",
     ]
 
 
