@@ -1,11 +1,12 @@
 """TPU topologies on a machine without TPUs: with libtpu installed, programs compile for them, and do not run."""
 
+import contextlib
 import functools
 import importlib.util
 import math
 import os
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
@@ -111,7 +112,14 @@ def compile_for_chip(generation: str, function: Callable[..., Any], *shapes: Any
         raise UserError(f"There is no TPU generation {generation!r} to compile for; use one of {', '.join(ONE_CHIP)}.")
     mesh = Mesh(np.array(topology_devices(ONE_CHIP[generation])[:1]), ("chip",))
     shardings = jax.tree.map(lambda _: NamedSharding(mesh, PartitionSpec()), shapes)
-    with warnings.catch_warnings(), jax.set_mesh(mesh):  # kernels see the chip by the mesh
+    with compiling_for(mesh):
+        return jax.jit(function, in_shardings=shardings).lower(*shapes).compile()
+
+
+@contextlib.contextmanager
+def compiling_for(mesh: Mesh) -> Iterator[None]:
+    """Within, programs are compiled for the devices of a mesh, by which kernels know the chip."""
+    with warnings.catch_warnings(), jax.set_mesh(mesh):
         # Such programs are written to the cache of compiled programs, but cannot be read from it.
         warnings.filterwarnings("ignore", "Error reading persistent compilation cache entry")
-        return jax.jit(function, in_shardings=shardings).lower(*shapes).compile()
+        yield

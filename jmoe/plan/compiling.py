@@ -4,7 +4,6 @@ import dataclasses
 import importlib.metadata
 import logging
 import time
-import warnings
 from collections.abc import Callable
 
 import jax
@@ -14,6 +13,7 @@ from jmoe.analysis.bound import bound, repeated
 from jmoe.analysis.hlo import parse
 from jmoe.errors import UserError
 from jmoe.parallel import Mesh, topology_devices
+from jmoe.parallel.topology import compiling_for
 from jmoe.plan import memory
 from jmoe.plan.advice import advice
 from jmoe.plan.result import Plan, mesh_text
@@ -68,9 +68,7 @@ def plan(
     )
     name = f"{topology} {mesh_text(built.shape)}"
     chip = result.chip
-    with warnings.catch_warnings(), jax.set_mesh(built):  # kernels see the chip by the mesh
-        # Such programs are written to the cache of compiled programs, but cannot be read from it.
-        warnings.filterwarnings("ignore", "Error reading persistent compilation cache entry")
+    with compiling_for(built):
         lowered = program.step.lower(program.state, program.batch)
         progress(f"{name}: traced in {time.monotonic() - started:.0f} s, compiling")
         started = time.monotonic()

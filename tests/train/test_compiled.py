@@ -9,6 +9,7 @@ import pytest
 from jmoe.analysis.collectives import axes_of, collectives
 from jmoe.analysis.hlo import parse
 from jmoe.parallel import Mesh, topology_devices
+from jmoe.parallel.topology import compiling_for
 from jmoe.train.compiled import make_program
 from jmoe.train.experiment import load_experiment
 
@@ -18,7 +19,7 @@ def test_the_step_of_b16_sends_tokens_to_experts_and_gradients_and_nothing_else(
     config = load_experiment("experiments/vmoe_b16_imagenet21k.py", ["data.batch_size=256"])
     program = make_program(config, config.steps, topology_devices("v5e:4x4"))
     assert program.mesh.shape == {"data": 2, "fsdp": 1, "expert": 8, "model": 1}
-    with jax.set_mesh(program.mesh):
+    with compiling_for(program.mesh):
         compiled = program.step.lower(program.state, program.batch).compile()
     found = collectives(parse(compiled.as_text()))
     counts, sizes = collections.Counter(), collections.defaultdict(set)
