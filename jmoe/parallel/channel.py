@@ -20,6 +20,7 @@ import selectors
 import socket
 import threading
 import time
+from collections import Counter
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -132,6 +133,7 @@ class Server(threading.Thread):
         self._refusal: dict[str, Any] = {}
         self._over = False  # whether all have been told to end
         self._gathers: dict[str, tuple[float, dict[int, str]]] = {}  # by name: deadline, values
+        self._missed: set[str] = set()  # names about which some gave nothing in time, as all have been told
         self._selector = selectors.DefaultSelector()
         self._selector.register(listener, selectors.EVENT_READ)
 
@@ -154,6 +156,7 @@ class Server(threading.Thread):
                 self._refuse(self._who_is_missing(), LOST)
             for name in [name for name, (deadline, _) in self._gathers.items() if now >= deadline]:
                 _, values = self._gathers.pop(name)
+                self._missed.add(name)
                 self._tell_all(kind="gathered", name=name, missing=[i for i in range(self._count) if i not in values])
         for key in list(self._selector.get_map().values()):
             if isinstance(key.data, _Line):
@@ -184,6 +187,8 @@ class Server(threading.Thread):
             self._greet(line, message)
         elif member is None:
             raise ValueError(kind)
+        elif kind == "gather" and message["name"] in self._missed:
+            pass  # it is late, and has the answer already
         elif kind == "gather":
             _, values = self._gathers.setdefault(message["name"], (time.monotonic() + message["timeout"], {}))
             values[member.process] = message["value"]
@@ -302,7 +307,8 @@ class Channel:
         self.announce = ""
         self._count = count
         self._process = process
-        self._gathered: dict[str, dict[str, Any]] = {}
+        self._asked: Counter[str] = Counter()  # how often for each name
+        self._gathered: dict[str, dict[str, Any]] = {}  # answers that nobody has fetched yet
         self._changed = threading.Condition()
         self._closed = False
         self._answered = threading.Event()
@@ -322,24 +328,35 @@ class Channel:
         self._on_ending = on_ending
         self._reader.start()
 
-    def gather(self, name: str, value: str, timeout: float | int) -> list[str]:
-        """Returns the value of every process, by index; all must ask for the same name, which is used once.
+    def gather(self, name: str, value: str, timeout: float | int, about: str = "") -> list[str]:
+        """Returns the value of every process, by index; waits for the last of them.
 
-        May be called from any thread.
+        All must ask for the same name. It may be used again: what each process asks for the second time belongs
+        together, and so on. May be called from any thread, for one name from one at a time.
+
+        Args:
+          name: what belongs together.
+          value: of this process.
+          timeout: seconds.
+          about: what a sentence calls it, if not by the name.
 
         Raises:
-          LostProcessError: some did not ask within `timeout` seconds after the first.
+          LostProcessError: some did not ask within `timeout` seconds after the first; in all processes, also in those
+            that come later.
         """
-        self._line.send(kind="gather", name=name, value=value, timeout=timeout)
+        with self._changed:
+            self._asked[name] += 1
+            numbered = f"{name} {self._asked[name]}"
+        self._line.send(kind="gather", name=numbered, value=value, timeout=timeout)
         with self._changed:
             # The server's clock decides; ours only guards against a server that hangs.
-            done = self._changed.wait_for(lambda: name in self._gathered, timeout + KEEPALIVE_SECONDS)
-            answer: dict[str, Any] = self._gathered.pop(name) if done else {"missing": [0]}
+            done = self._changed.wait_for(lambda: numbered in self._gathered, timeout + KEEPALIVE_SECONDS)
+            answer: dict[str, Any] = self._gathered.pop(numbered) if done else {"missing": [0]}
         values: list[str] | None = answer.get("values")
         if values is not None:
             return values
-        which = ", ".join(str(self.members[i]) for i in answer["missing"])
-        raise LostProcessError(f"No word about {name!r} from {which} within {timeout:g} s. {_AGAIN}")
+        which = _list([str(self.members[i]) for i in answer["missing"]])
+        raise LostProcessError(f"No word about {about or repr(name)} from {which} within {timeout:g} s. {_AGAIN}")
 
     def fail(self, sentence: str, status: int) -> None:
         """Tells the others that this process ends, and why; they end, too."""
@@ -444,11 +461,13 @@ def _connect(address: tuple[str, int], timeout: float | int, who: str, shown: st
         pause = min(2 * pause, 5.0)
 
 
-def _numbers(values: Sequence[int], most: int = 8) -> str:
+def _numbers(values: Sequence[int]) -> str:
     """Such as 'Process 3' or 'Processes 1, 2 and 7'."""
-    if len(values) == 1:
-        return f"Process {values[0]}"
-    texts = [str(value) for value in values]
+    return f"Process{'es' if len(values) > 1 else ''} {_list([str(value) for value in values])}"
+
+
+def _list(texts: Sequence[str], most: int = 8) -> str:
+    """Such as 'a', 'a and b' or 'a, b and 7 more'."""
     if len(texts) > most:
         texts = [*texts[:most], f"{len(texts) - most} more"]
-    return f"Processes {', '.join(texts[:-1])} and {texts[-1]}"
+    return " and ".join([", ".join(texts[:-1]), texts[-1]] if len(texts) > 1 else texts)

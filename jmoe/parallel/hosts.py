@@ -15,7 +15,6 @@ import faulthandler
 import hashlib
 import importlib.metadata
 import importlib.util
-import itertools
 import json
 import logging
 import os
@@ -81,21 +80,27 @@ class Hosts:
         self.timeout = timeout
         self._channel = channel
         self._server = server
-        self._number = itertools.count()
         if channel:
             channel.watch(self._end)
 
-    def gather(self, name: str, value: str, *, timeout: float | int | None = None) -> list[str]:
+    def gather(self, name: str, value: str, *, timeout: float | int | None = None, about: str = "") -> list[str]:
         """Returns what every process gave under this name, by process; waits for the last, without using devices.
 
-        Short texts: all of them go to all. May be called from any thread; a name is used once in a run.
+        Short texts: all of them go to all. A name may be used again, in every process as often. May be called from any
+        thread; as nothing orders threads among processes, each needs names of its own.
+
+        Args:
+          name: the same in all processes.
+          value: what this one gives.
+          timeout: seconds; by default, those of the start.
+          about: what a sentence calls it, if not by its name.
 
         Raises:
-          LostProcessError: some gave nothing within the timeout (by default, that of the start) after the first did.
+          LostProcessError: some gave nothing within the timeout after the first did; the same in all processes.
         """
         if self._channel is None:
             return [value]
-        return self._channel.gather(name, value, self.timeout if timeout is None else timeout)
+        return self._channel.gather(name, value, self.timeout if timeout is None else timeout, about)
 
     def compare(self, parts: Mapping[str, str]) -> None:
         """Checks that these texts are the same in all processes; all must call it as often.
@@ -108,16 +113,15 @@ class Hosts:
         """
         if self.count == 1:
             return
-        number = next(self._number)  # names are used once
         digests = {part: hashlib.sha256(value.encode()).hexdigest()[:16] for part, value in parts.items()}
-        theirs = [json.loads(text) for text in self.gather(f"compare {number}", json.dumps(digests))]
+        theirs = [json.loads(text) for text in self.gather("digests", json.dumps(digests))]
         for part in sorted(set().union(*theirs)):
             different = _minority([digests.get(part) for digests in theirs])
             if not different:
                 continue
             common = next(i for i in range(self.count) if i not in different)
             speaks = self.process in (common, different[0])  # two are enough; a config is long and hosts are many
-            texts = self.gather(f"differing {number}", json.dumps(parts.get(part)) if speaks else "")
+            texts = self.gather(f"differing {part}", json.dumps(parts.get(part)) if speaks else "")
             a, b = _shortened(_read(texts[common]), _read(texts[different[0]]))
             raise UserError(
                 f"The hosts differ in {part}: it is {b} in {self._named(different)}, and {a} in "
@@ -150,13 +154,30 @@ class Hosts:
 
     def __exit__(self, _: type[BaseException] | None, error: BaseException | None, __: TracebackType | None) -> None:
         """Ends together with the others, or tells them why this process ends alone."""
+        status = self._part(error)
+        if status is not None:
+            # The traceback and the sentence are still to be printed. What must not happen after them is JAX's own
+            # farewell: it would wait for the others for minutes and then end the process with a status of its own.
+            atexit.register(self._exit, status)
+
+    def part_at_exit(self) -> None:
+        """Does at the end of the program what it does that enters them: for one that knows nothing of them."""
+        atexit.register(self._at_exit)
+
+    def _at_exit(self) -> None:
+        status = self._part(getattr(sys, "last_value", None))  # the error that ends the program, which is printed
+        if status is not None:
+            self._exit(status)
+
+    def _part(self, error: BaseException | None) -> int | None:
+        """Tells the others that this process ends; returns the status it must end with after an error."""
         if self._channel is None:
-            return
+            return None
         if error is None or isinstance(error, InterruptedRunError):  # which all raise after the same step
             self._channel.close()
             with contextlib.suppress(RuntimeError):  # another may be gone by now; nothing depends on it any more
                 jax.distributed.shutdown()
-            return
+            return None
         if not isinstance(error, UserError) and isinstance(error, Exception):
             # Most likely another process is gone and took a collective with it, which comes as a ValueError or a
             # JaxRuntimeError. Who it was, the channel says within moments, and ends this process with it; if it has
@@ -165,9 +186,7 @@ class Hosts:
         status = _status(error)
         sentence = str(error) if isinstance(error, UserError) else f"{type(error).__name__}: {error}"
         self._channel.fail(sentence, status)
-        # The traceback and the sentence are still to be printed. What must not happen after them is JAX's own farewell:
-        # it would wait for the others for minutes and then end the process with a status of its own.
-        atexit.register(self._exit, status)
+        return status
 
     def _end(self, ending: Ending) -> None:
         """Ends this process from a thread: its main one may be waiting for a device, and that for a lost process."""
@@ -212,11 +231,13 @@ _current: Hosts | None = None
 def current() -> Hosts:
     """The processes of this run: what `start` has made, or one process if it was never called.
 
-    A program that has called jax.distributed.initialize itself gets the same here; all its processes must ask.
+    A program that has called jax.distributed.initialize itself gets the same here; all its processes must ask, as they
+    meet over the devices. From then on, what ends one of them ends all.
     """
     global _current
     if _current is None:
         _current = connect_over_devices() if jax.process_count() > 1 else Hosts()
+        _current.part_at_exit()
     return _current
 
 

@@ -8,7 +8,7 @@ published by renaming its directory once all of that is on disk:
       300.tmp/              being written, or left behind by a save that was interrupted; never read
       200/                  complete
         jmoe_manifest.json  {"sha256": of the rest, "manifest": {format, step, metadata, leaves, files}}
-        state/              written by Orbax, one array per leaf under its path name
+        state/              written by Orbax (`array_files.py`), one array per leaf under its path name
 
 Nothing is ever unpickled: the manifest is JSON and Orbax is given arrays only.
 
@@ -16,14 +16,10 @@ In a job of several processes, all save together into one folder that they share
 are, and on which mesh the arrays lie, may differ from one to the other. Each piece of an array is written by one
 process, which also computes the checksums of its files; process 0 joins what the others wrote and publishes it. On
 restoring, each process verifies its share of the files. Whatever can go wrong in one of them is told to all before
-anyone goes on (`agreement.py`), so that all take the same checkpoint, or raise the same error. That is also why Orbax's
-handler is called here, and none of its checkpointers: those meet at barriers that a process which failed never reaches,
-and some of these are collective operations of the devices.
+anyone goes on (`agreement.py`), so that all take the same checkpoint, or raise the same error.
 """
 
-import asyncio
 import contextlib
-import functools
 import itertools
 import json
 import logging
@@ -34,20 +30,17 @@ import shutil
 import threading
 import time
 import uuid
-from collections.abc import Callable, Coroutine, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable
 from typing import Any, TypeVar
 
 import jax
-import jax.numpy as jnp
-import numpy as np
-import orbax.checkpoint as ocp
-from etils import epath  # what Orbax, which depends on it, takes for a path
 
-from jmoe.errors import UserError
+from jmoe.errors import LostProcessError, UserError
+from jmoe.parallel.hosts import current
 from jmoe.paths import path_names
 from jmoe.train import manifest
 from jmoe.train.agreement import Agreement
+from jmoe.train.array_files import ArrayFiles, to_arrays, written_by
 from jmoe.train.manifest import UnreadableCheckpointError, reason
 
 _STATE = "state"  # the part that Orbax writes
@@ -70,7 +63,8 @@ class Checkpointer:
 
     In a job of several processes, each of them opens the same folder and makes the same calls in the same order; the
     arrays are global ones. A call that fails in one process raises the same error in all, and one that a process does
-    not come to raises in the others after `agreement.SECONDS`. Warnings are given by process 0.
+    not come to raises LostProcessError in the others after `agreement.SECONDS`. Warnings are given by process 0. Where
+    the processes were not connected before (`jmoe.parallel.startup`), opening the first does so, over the devices.
     """
 
     _opened = itertools.count()  # those of this process; the processes of a job open theirs in the same order
@@ -89,12 +83,11 @@ class Checkpointer:
         self._unusable: set[int] = set()  # complete, but found damaged
         self._thread: threading.Thread | None = None
         self._error: UserError | None = None
-        self._writing: Sequence[Any] = ()  # Orbax's futures of the files that are being written
-        name = f"checkpoints-{next(self._opened)}"
-        self._now = Agreement(f"{name}/now", errors=[UnreadableCheckpointError])  # of the calls
-        self._later = Agreement(f"{name}/later")  # of the saves that go on meanwhile
-        logging.getLogger("absl").addFilter(_not_from_orbax)
-        self._orbax = ocp.PyTreeCheckpointHandler()
+        self._hosts = current()
+        name = f"checkpoints {next(self._opened)}"
+        self._now = Agreement(self._hosts, f"{name}, now", (UnreadableCheckpointError,))  # of the calls
+        self._later = Agreement(self._hosts, f"{name}, later")  # of the saves that go on meanwhile
+        self._arrays = ArrayFiles()
         self._steps: list[int] = []  # that all processes have last agreed on
         self._published: list[int] | None = None  # the same after the save that `wait` will find complete
         self._agree_on_steps()
@@ -110,11 +103,11 @@ class Checkpointer:
           UserError: this save, or the one before it, failed; the earlier checkpoints are as they were.
         """
         self.wait()
-        arrays, leaves = _to_arrays(state)
+        arrays, leaves = to_arrays(state)
         # Serialised and parsed again, so that later changes to metadata cannot reach what is written.
         content = json.loads(json.dumps({"step": step, "metadata": metadata, "leaves": leaves}, allow_nan=False))
         with contextlib.suppress(Exception):
-            self._finish_writing()  # for a save that was interrupted before its second half could start
+            self._arrays.finish_writing()  # for a save that was interrupted before its second half could start
         try:
             start = f"the start of saving step {step}"
             _, tokens = self._now.together(start, lambda: self._prepare(step), tell=lambda token: token)
@@ -123,7 +116,7 @@ class Checkpointer:
             raise self._failure(step, error) from error
         refusal = None
         try:
-            _run(self._start_writing(step, arrays))
+            self._arrays.start_writing(self._temporary(step) / _STATE, arrays)
         except Exception as error:  # told to the others, who are writing, as an error of writing is
             refusal = error
         self._thread = threading.Thread(target=self._finish, args=(step, content, refusal), name=f"checkpoint-{step}")
@@ -148,7 +141,7 @@ class Checkpointer:
         With several processes, those that there were when the folder was opened or the last call of another method
         ended: the same in all.
         """
-        return _complete(self.directory) if self._now.processes == 1 else list(self._steps)
+        return _complete(self.directory) if self._hosts.count == 1 else list(self._steps)
 
     def latest(self) -> int | None:
         """The last of `steps()`, or None."""
@@ -178,15 +171,10 @@ class Checkpointer:
         content = self._read_manifest(path, wanted, partial)
         self._now.together(
             f"checking step {step}",
-            lambda: manifest.check_files(path, content, process=self._now.process, processes=self._now.processes),
+            lambda: manifest.check_files(path, content, process=self._hosts.process, processes=self._hosts.count),
         )
-        read, _ = self._now.together(f"reading step {step}", lambda: self._read_arrays(path, wanted))
-        try:
-            leaves = content["leaves"]
-            arrays = {name: _from_array(read.get(name), leaf, leaves[name].get("key")) for name, leaf in wanted.items()}
-        except Exception as error:
-            raise UnreadableCheckpointError(f"Checkpoint {path} cannot be read: {reason(error)}.") from error
-        return treedef.unflatten([arrays[name] for name in wanted]), content["metadata"]
+        leaves, _ = self._now.together(f"reading step {step}", lambda: self._read_leaves(path, content, wanted))
+        return treedef.unflatten([leaves[name] for name in wanted]), content["metadata"]
 
     def restore_latest(self, abstract_state: Any, *, partial: bool = False) -> tuple[Any, dict, int]:
         """State, metadata and step of the last checkpoint that is sound; warns of each damaged one it passes over.
@@ -213,7 +201,7 @@ class Checkpointer:
         try:
             self.wait()
         finally:
-            self._orbax.close()
+            self._arrays.close()
 
     def __enter__(self) -> "Checkpointer":
         return self
@@ -230,7 +218,7 @@ class Checkpointer:
 
     def _prepare(self, step: int) -> str | None:
         """Has process 0 make the folder that all write into, and a file by which they know that it is that one."""
-        if self._now.process:
+        if self._hosts.process:
             return None
         self.directory.mkdir(parents=True, exist_ok=True)
         for path in _unfinished(self.directory):
@@ -243,43 +231,30 @@ class Checkpointer:
     def _look_for(self, step: int, token: str) -> None:
         """Raises UserError unless this process sees the folder that process 0 has made, and no other of that name."""
         try:
-            _in_time((self._temporary(step) / token).stat)
+            self._in_time((self._temporary(step) / token).stat)
         except FileNotFoundError:
             raise UserError(
                 "the folder is not shared by all processes, as what process 0 has just written is not there"
             ) from None
 
-    async def _start_writing(self, step: int, arrays: dict[str, jax.Array]) -> None:
-        """Returns once Orbax has copied the arrays; it goes on to write them."""
-        args = ocp.args.PyTreeSave(arrays)
-        self._writing = await self._orbax.async_save(epath.Path(self._temporary(step) / _STATE), args=args) or ()
-
-    def _finish_writing(self) -> None:
-        """Returns once all that this process has to write is written, or raises what went wrong."""
-        writing, self._writing = self._writing, ()
-        for future in writing:
-            future.result()
-
     def _finish(self, step: int, content: dict, refusal: Exception | None) -> None:
         """Second half of a save, in the background: checksums, manifest, publication, deletion of old checkpoints."""
         temporary, final = self._temporary(step), self.directory / str(step)
-        process, processes = self._later.process, self._later.processes
+        process, processes = self._hosts.process, self._hosts.count
 
         def write() -> None:
             if refusal is not None:
                 raise refusal
-            self._finish_writing()
-            # What has the number of the process in its path, as Orbax names it; process 0 adds the rest at the end.
-            marks = {f"ocdbt.process_{process}", f"process_{process}"}
-            own = [name for name in manifest.files_below(temporary) if marks.intersection(name.split("/"))]
+            self._arrays.finish_writing()
+            own = written_by(process, manifest.files_below(temporary))  # process 0 adds the rest at the end
             manifest.write_part(temporary, process, manifest.checksums(temporary, own))
 
         def publish() -> list[int]:
             if process:
                 return []
             # Before Orbax joins what the processes have written: it would leave out what it does not see yet.
-            known = _in_time(lambda: manifest.take_parts(temporary, range(processes)))
-            self._orbax.finalize(epath.Path(temporary / _STATE))
+            known = self._in_time(lambda: manifest.take_parts(temporary, range(processes)))
+            self._arrays.join(temporary / _STATE)
             for token in temporary.glob(f"{_TOKEN}*"):
                 token.unlink()
             manifest.write(temporary, content, known)
@@ -319,18 +294,18 @@ class Checkpointer:
 
     def _failure(self, step: int, error: Exception) -> UserError:
         """Cleans up after a save that failed, and says so in one sentence."""
-        if self._now.process == 0:
+        if self._hosts.process == 0:
             shutil.rmtree(self._temporary(step), ignore_errors=True)
         try:
             latest = self.latest()
         except UserError:  # the directory itself is gone
             latest = None
         rest = "there is no earlier one" if latest is None else f"that of step {latest} is intact"
+        sentence = f"The checkpoint of step {step} could not be saved in {self.directory}"
+        if isinstance(error, LostProcessError):  # says itself what to do
+            return LostProcessError(f"{sentence}; {rest}. {error}")
         why = str(error).rstrip(". ") if isinstance(error, UserError) else reason(error)
-        return UserError(
-            f"The checkpoint of step {step} could not be saved in {self.directory}: {why}; {rest}. "
-            "Free some space or choose another folder, and start again."
-        )
+        return UserError(f"{sentence}: {why}; {rest}. Free some space or choose another folder, and start again.")
 
     # Restoring
 
@@ -347,13 +322,11 @@ class Checkpointer:
         self._check_shared(digests, f"Step {path.name} has another manifest")
         return content
 
-    def _read_arrays(self, path: pathlib.Path, wanted: dict[str, Any]) -> dict[str, Any]:
-        """What Orbax reads of a checkpoint whose manifest and files have been checked."""
-        stored = {name: leaf for name, leaf in wanted.items() if leaf.size}
-        how = {name: _restore_args(leaf) for name, leaf in stored.items()}
-        args = ocp.args.PyTreeRestore(item=dict.fromkeys(stored, 0), restore_args=how, partial_restore=True)
+    def _read_leaves(self, path: pathlib.Path, content: dict, wanted: dict[str, Any]) -> dict[str, Any]:
+        """The leaves of a state in a checkpoint whose manifest and files have been checked."""
         try:
-            return self._orbax.restore(epath.Path(path / _STATE), args=args) if stored else {}
+            kinds = {name: leaf.get("key") for name, leaf in content["leaves"].items()}
+            return self._arrays.read(path / _STATE, wanted, kinds)
         except Exception as error:
             raise UnreadableCheckpointError(f"Checkpoint {path} cannot be read: {reason(error)}.") from error
 
@@ -387,9 +360,20 @@ class Checkpointer:
                     f"process {process} of {len(seen)}{shown}. Put it on storage that all hosts share."
                 )
 
+    def _in_time(self, look: Callable[[], _T]) -> _T:
+        """What it returns; tried again while a file is missing, until `VISIBLE_SECONDS` have passed."""
+        deadline = time.monotonic() + (VISIBLE_SECONDS if self._hosts.count > 1 else 0)
+        while True:
+            try:
+                return look()
+            except FileNotFoundError:
+                if time.monotonic() > deadline:
+                    raise
+                time.sleep(0.1)
+
     def _warn(self, text: str, *values: Any) -> None:
         """Warns once, however many processes there are."""
-        if self._now.process == 0:
+        if self._hosts.process == 0:
             log.warning(text, *values)
 
 
@@ -408,11 +392,6 @@ def peek(directory: str | os.PathLike) -> dict:
         except UnreadableCheckpointError as error:
             log.warning("%s The checkpoint before it is used instead.", error)
     raise UserError(f"There is no usable checkpoint in {directory}; train first, or name another folder.")
-
-
-def _not_from_orbax(record: logging.LogRecord) -> bool:
-    """Orbax logs each error with several tracebacks before it raises it; ours is one sentence."""
-    return "orbax" not in record.pathname
 
 
 def _entries(directory: pathlib.Path) -> list[pathlib.Path]:
@@ -440,69 +419,3 @@ def _unfinished(directory: pathlib.Path) -> list[pathlib.Path]:
 
 def _is_complete(path: pathlib.Path) -> bool:
     return not path.suffix and (path / manifest.NAME).exists()
-
-
-def _is_key(leaf: Any) -> bool:
-    return jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key)
-
-
-def _to_arrays(state: Any) -> tuple[dict[str, jax.Array], dict[str, dict]]:
-    """What Orbax is given, by name, and the description of every leaf: random keys go as integers, empty arrays not."""
-    arrays, leaves = {}, {}
-    for name, leaf in zip(path_names(state), jax.tree.leaves(state), strict=True):
-        assert isinstance(leaf, jax.Array), f"{name} is {type(leaf)}; a state consists of JAX arrays"
-        assert name not in leaves, f"two leaves of the state are called {name}"
-        assert jax.process_count() == 1 or not leaf.is_fully_addressable, f"{name} is an array of this process alone"
-        leaves[name] = manifest.describe(leaf)
-        if _is_key(leaf):
-            leaves[name]["key"] = str(jax.random.key_impl(leaf))
-        if leaf.size:
-            arrays[name] = jax.random.key_data(leaf) if _is_key(leaf) else leaf
-    assert arrays, "the state has no array with an element"
-    return arrays, leaves
-
-
-def _sharding(leaf: Any) -> jax.sharding.Sharding | None:
-    """Where a leaf should be put, if it says so; an array that is merely on the default device does not."""
-    return None if isinstance(leaf, jax.Array) and not leaf.committed else leaf.sharding
-
-
-def _restore_args(leaf: Any) -> ocp.RestoreArgs:
-    if _sharding(leaf) is None or _is_key(leaf):
-        return ocp.RestoreArgs(restore_type=np.ndarray)
-    return ocp.ArrayRestoreArgs(sharding=_sharding(leaf))
-
-
-def _from_array(array: Any, leaf: Any, key: str | None) -> jax.Array:
-    """Makes the leaf that is wanted of what Orbax returned, which is None for an empty array."""
-    # Under jit, since a device_put to devices of several processes compares the values of all, through the devices.
-    place = functools.partial(jax.jit, out_shardings=_sharding(leaf))
-    if array is None and key is not None:
-        array = place(lambda: jax.random.split(jax.random.key(0, impl=key), leaf.shape))()
-    elif array is None:
-        array = place(lambda: jnp.zeros(leaf.shape, leaf.dtype))()
-    elif key is not None:
-        array = place(functools.partial(jax.random.wrap_key_data, impl=key))(np.array(array))
-    elif not isinstance(array, jax.Array):
-        array = jnp.array(array)  # not asarray, so that nobody else holds the memory
-    if manifest.describe(array) != manifest.describe(leaf):
-        raise ValueError(f"{manifest.describe(array)} was read where {manifest.describe(leaf)} was written")
-    return array
-
-
-def _run(coroutine: Coroutine[Any, Any, None]) -> None:
-    """Runs a coroutine to its end, in a thread of its own: in a notebook, this one has an event loop already."""
-    with ThreadPoolExecutor(max_workers=1) as pool:
-        pool.submit(asyncio.run, coroutine).result()
-
-
-def _in_time(look: Callable[[], _T]) -> _T:
-    """What it returns; tried again while a file is missing, until `VISIBLE_SECONDS` have passed."""
-    deadline = time.monotonic() + (VISIBLE_SECONDS if jax.process_count() > 1 else 0)
-    while True:
-        try:
-            return look()
-        except FileNotFoundError:
-            if time.monotonic() > deadline:
-                raise
-            time.sleep(0.1)

@@ -14,6 +14,7 @@ import dataclasses
 import importlib
 import os
 import pathlib
+import re
 import shutil
 import signal
 import socket
@@ -26,6 +27,14 @@ from contextlib import contextmanager
 
 ROOT = pathlib.Path(__file__).parents[2]
 SIGKILL, SIGTERM = signal.SIGKILL, signal.SIGTERM
+# What each thread of gloo prints on stdout piece by piece, so that two of them can run into each other.
+_LAST = "Expected number of connected peer ranks is : "
+_GREETINGS = re.compile(rf"(?:\[Gloo\] Rank |\d* is connected to |\d* peer ranks\. |{_LAST}\d*)+\n*")
+
+
+def without_greetings(text: str) -> str:
+    """What a process printed itself."""
+    return _GREETINGS.sub(lambda match: "\n" * (match[0].count("\n") - match[0].count(_LAST)), text)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -89,8 +98,7 @@ class Running:
 
     def _read(self, i, kind):
         text = (self._folder / f"{i}.{kind}").read_text(errors="replace")
-        # Gloo greets on stdout.
-        return "".join(line for line in text.splitlines(keepends=True) if not line.startswith("[Gloo] Rank"))
+        return without_greetings(text)
 
     def end(self) -> None:
         """Kills what is left, with the children of each."""

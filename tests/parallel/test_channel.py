@@ -2,6 +2,7 @@ import contextlib
 import os
 import socket
 import threading
+import time
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
@@ -64,6 +65,23 @@ def test_every_process_gets_what_each_gave(meet):
         assert gathered == [[f"{name}{i}" * 50_000 for i in range(3)]] * 3
 
 
+def test_a_name_is_used_again_and_again_by_each_at_its_own_pace(meet):
+    channels = meet([0, 1, 2], 3)
+    watched(channels)
+
+    def often(i):
+        found = []
+        for turn in range(50):
+            if turn % (7 + i) == 0:
+                time.sleep(0.002)
+            found.append(channels[i].gather("name", f"{i} {turn}", 5))
+        return found
+
+    with ThreadPoolExecutor(3) as pool:
+        found = list(pool.map(often, range(3)))
+    assert found == [[[f"{i} {turn}" for i in range(3)] for turn in range(50)]] * 3
+
+
 def test_who_gives_nothing_is_named_in_time(meet):
     channels = meet([0, 1], 2)
     watched(channels)
@@ -71,6 +89,24 @@ def test_who_gives_nothing_is_named_in_time(meet):
         LostProcessError, match=f"^No word about 'batch' from process 1 on {HERE} within 0.1 s. Run the"
     ):
         channels[0].gather("batch", "x", 0.1)
+
+
+def test_who_comes_too_late_hears_the_same_and_the_next_time_is_a_new_one(meet):
+    channels = meet([0, 1, 2], 3)
+    watched(channels)
+    sentence = f"^No word about the list from process 1 on {HERE} and process 2 on {HERE} within 0.1 s. Run the"
+    for i in (0, 1, 2):
+        with pytest.raises(LostProcessError, match=sentence):
+            channels[i].gather("name", "before", 0.1, "the list")
+    for _ in range(2):
+        with ThreadPoolExecutor(3) as pool:
+            found = list(pool.map(lambda i: channels[i].gather("name", f"after {i}", 5), range(3)))
+        assert found == [["after 0", "after 1", "after 2"]] * 3
+
+
+def test_long_lists_are_cut_short():
+    expected = {"a": "a", "ab": "a and b", "abc": "a, b and c", "abcdefghij": "a, b, c, d, e, f, g, h and 2 more"}
+    assert {texts: channel._list(list(texts)) for texts in expected} == expected
 
 
 def test_who_is_missing_is_named_to_those_who_came(meet):

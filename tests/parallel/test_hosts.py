@@ -148,7 +148,8 @@ def run(coordinator, count, process, what):
                 return 0
         return 0
 
-    COMMANDS["job"] = type("Job", (), {"SUMMARY": "", "EXAMPLE": "", "add_arguments": lambda parser: None, "run": job})
+    options = {"SUMMARY": "", "EXAMPLE": "", "add_arguments": lambda parser: None, "run": job}
+    COMMANDS["job"] = type("Job", (), options)  # pyright: ignore[reportArgumentType]
     status = main(["job"])
     os.environ.clear()
     sys.exit(status)
@@ -217,3 +218,38 @@ def over_devices():
 def test_processes_that_jax_has_started_meet_over_the_devices():
     outputs = processes.together("tests.parallel.test_hosts:over_devices", 2)
     assert outputs == ["['value 0', 'value 1'] 2\n"] * 2
+
+
+def not_entered(how):
+    """Body of a process that JAX has started and that never enters the hosts it asks."""
+    import time
+
+    import jax
+
+    here = hosts.current()
+    print(here.gather("name", f"value {here.process}"), flush=True)
+    if how == "fail" and here.process == 1:
+        raise KeyError("a bug")
+    if how == "fail":
+        here.gather("name", "")  # in which process 1 is missing
+    jax.distributed.shutdown()  # so that JAX's own farewell does not have them wait for each other
+    if here.process == int(how):
+        time.sleep(2)
+        print("still here")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("last", [0, 1])
+def test_processes_that_have_not_entered_may_end_in_any_order(last):
+    outputs = processes.together("tests.parallel.test_hosts:not_entered", 2, str(last))
+    assert outputs[last] == "['value 0', 'value 1']\nstill here\n"
+    assert outputs[1 - last] == "['value 0', 'value 1']\n"
+
+
+@pytest.mark.slow
+def test_an_error_of_one_that_has_not_entered_ends_all():
+    with processes.start([processes.function("tests.parallel.test_hosts:not_entered", "fail")] * 2) as running:
+        first, second = running.wait(60)
+    assert (first.status, second.status) == (1, 1)
+    assert second.stderr.splitlines()[-1] == "KeyError: 'a bug'"
+    assert first.stderr.splitlines()[-1] == f"jmoe: Process 1 on {HERE} ended: KeyError: 'a bug'"

@@ -34,3 +34,15 @@ def test_a_process_can_be_watched_and_killed_and_none_is_left():
     with processes.start([sleeper]) as running:
         running.wait_for(0, "ready")
     assert time.monotonic() - began < 10
+
+
+def test_the_greetings_of_gloo_are_left_out_however_they_run_into_each_other():
+    greeting = "[Gloo] Rank 0 is connected to 11 peer ranks. Expected number of connected peer ranks is : 11"
+    for text in (
+        f"{greeting}\n4: 3\n{greeting}\n",
+        f"{greeting}{greeting}\n\n4: 3\n",
+        f"4: 3{greeting}\n\n",
+        f"[Gloo] Rank {greeting}\n0{greeting[13:]}\n4: 3\n",
+        f"{greeting[:30]}{greeting[:30]}{greeting[30:]}\n{greeting[30:]}\n4: 3\n",
+    ):
+        assert processes.without_greetings(text) == "4: 3\n", text

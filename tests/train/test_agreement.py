@@ -1,39 +1,116 @@
+import contextlib
+import socket
+import time
+from concurrent.futures import ThreadPoolExecutor
+
 import pytest
 
-from jmoe.errors import UserError
-from jmoe.train.agreement import Agreement, _verdict
+from jmoe.errors import LostProcessError, UserError
+from jmoe.parallel.channel import Channel, Server, listen
+from jmoe.parallel.hosts import Hosts
+from jmoe.train import agreement
+from jmoe.train.agreement import Agreement
+from jmoe.train.manifest import UnreadableCheckpointError
+
+HERE = socket.gethostname()
+
+
+@pytest.fixture
+def agree():
+    """Has several processes, which are threads of this one, come to an agreement; what each returns or raises."""
+    with contextlib.ExitStack() as stack:
+
+        def all_agree(*bodies):
+            count = len(bodies)
+            listener = stack.enter_context(listen("127.0.0.1", 0))
+            Server(listener, count, 5).start()
+            pool = stack.enter_context(ThreadPoolExecutor(count))
+            channels = list(pool.map(lambda i: Channel(listener.getsockname(), count, i, timeout=5), range(count)))
+            agreements = [Agreement(Hosts(channel, i), "test") for i, channel in enumerate(channels)]
+
+            def one(i):
+                try:
+                    return bodies[i](agreements[i])
+                except Exception as error:
+                    return error
+
+            said = list(pool.map(one, range(count)))
+            for channel in reversed(channels):
+                channel.close()
+                channel._line.close()
+            return said
+
+        yield all_agree
+
+
+def fails(error):
+    def action():
+        raise error
+
+    return action
 
 
 def test_one_process_hears_itself():
-    agreement = Agreement("test")
-    assert agreement.exchange("anything", {"a": (1, None)}) == [{"a": (1, None)}]
-    assert (agreement.process, agreement.processes) == (0, 1)
+    assert Agreement(Hosts(), "test").together("counting", lambda: 3, tell=str) == (3, ["3"])
 
 
 def test_one_process_raises_what_it_raised():
-    agreement = Agreement("test")
-    assert agreement.together("counting", lambda: 3, tell=str) == (3, ["3"])
     for error in (UserError("No."), KeyError("x")):
-
-        def fail(error=error):
-            raise error
-
         with pytest.raises(type(error)) as raised:
-            agreement.together("failing", fail)
+            Agreement(Hosts(), "test").together("failing", fails(error))
         assert raised.value is error
 
 
-def test_all_hear_what_all_say():
-    assert _verdict("the list", [["the list", 3], ["the list", None]], [], 2) == [3, None]
+def test_all_hear_what_all_tell_time_after_time(agree):
+    def body(number):
+        return lambda agreed: [agreed.together("it", lambda: number, tell=lambda n: {"a": n})[1] for _ in range(3)]
+
+    heard = [[{"a": 7}, {"a": 8}]] * 3
+    assert agree(body(7), body(8)) == [heard, heard]
 
 
-def test_those_who_do_not_come_are_named():
-    one = "Process 2 of 3 did not come to the list within 600 seconds."
-    assert _verdict("the list", [["the list", 3], ["the list", 4]], [2], 3) == one
-    many = "Processes 1, 2, 3, 4, 5, 6, 7, 8 and 3 more of 12 did not come to the list within 600 seconds."
-    assert _verdict("the list", [["the list", 3]], list(range(1, 12)), 12) == many
+def test_what_fails_in_one_fails_in_all_and_then_they_agree_again(agree):
+    def body(error):
+        def twice(agreed):
+            with pytest.raises(UserError) as raised:
+                agreed.together("it", fails(error) if error else lambda: 1)
+            return raised.value, agreed.together("it", lambda: 2)[0]
+
+        return twice
+
+    for error, sentence in ((UserError("The disk is full."), "The disk is full"), (OSError(28, "Full"), "Full")):
+        for raised, after in agree(body(None), body(error), body(None)):
+            assert (type(raised), str(raised), after) == (UserError, f"{sentence} (process 1 of 3).", 2)
 
 
-def test_those_who_come_for_something_else_are_named():
-    said = [["step 3", 0], ["step 3", 0], ["step 4", 0]]
-    assert _verdict("step 3", said, [], 3) == "Process 0 of 3 came to step 3 when process 2 came to step 4."
+def test_what_fails_in_all_is_told_without_a_number_and_only_named_classes_are_kept(agree):
+    def body(errors):
+        def fail(agreed):
+            unreadable = fails(UnreadableCheckpointError("It is damaged."))
+            Agreement(agreed.hosts, "other", errors).together("it", unreadable)
+
+        return fail
+
+    for errors, kind in (((UnreadableCheckpointError,), UnreadableCheckpointError), ((), UserError)):
+        for raised in agree(body(errors), body(errors)):
+            assert (type(raised), str(raised)) == (kind, "It is damaged.")
+
+
+def test_who_does_not_come_is_named_to_all_also_to_itself(agree, monkeypatch):
+    monkeypatch.setattr(agreement, "SECONDS", 0.2)
+    both = agree(
+        lambda agreed: agreed.together("the list", lambda: 1),
+        lambda agreed: agreed.together("the list", lambda: time.sleep(0.6)),
+    )
+    for raised in both:
+        assert isinstance(raised, LostProcessError)
+        assert str(raised).startswith(f"No word about the list from process 1 on {HERE} within 0.2 s. Run the same")
+
+
+def test_who_comes_for_something_else_is_named(agree):
+    def to(what):
+        return lambda agreed: agreed.together(what, lambda: 1)
+
+    for raised in agree(to("step 3"), to("step 3"), to("step 4")):
+        assert isinstance(raised, UserError)
+        assert str(raised) == "Process 0 of 3 came to step 3 when process 2 came to step 4."

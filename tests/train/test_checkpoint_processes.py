@@ -2,24 +2,22 @@
 
 import json
 import random
-import re
+import socket
 import time
 
 import pytest
 
+from jmoe.errors import LOST
 from tests.parallel import processes
 
 BODIES = "tests.train.checkpoint_bodies"
-
-
-def last_line(output):
-    """What a process printed at its end, as JSON; lines of gloo's greetings run into each other before."""
-    return json.loads(output.splitlines()[-1])
+HERE = socket.gethostname()
+AGAIN = "Run the same command on all hosts to go on from the last checkpoint."
 
 
 def test_two_processes_write_all_once_and_what_goes_wrong_in_one_is_the_same_error_in_both(tmp_path):
     outputs = processes.together(f"{BODIES}:troubles", 2, str(tmp_path))
-    first, second = (last_line(output) for output in outputs)
+    first, second = (json.loads(output) for output in outputs)
     shared, other = tmp_path / "shared", tmp_path / "other"
     assert 400_000 < first["bytes"] == second["bytes"] < 420_000  # 400,000 of noise, which both processes hold
 
@@ -56,11 +54,13 @@ def test_two_processes_write_all_once_and_what_goes_wrong_in_one_is_the_same_err
 
     # A process that is elsewhere.
     elsewhere = "Process 0 of 2 came to the start of saving step 4 when process 1 came to the start of saving step 5"
-    missing = "Process 1 of 2 did not come to the start of saving step 4 within 1 seconds"
     for said in (first, second):
         assert f"{elsewhere}; that of step 3 is intact." in said["another step"]
-        assert f"{missing}; that of step 3 is intact." in said["late"]
-        assert said["steps"] == [1, 2, 3]
+        assert said["late"] == (
+            f"The checkpoint of step 4 could not be saved in {shared}; that of step 3 is intact. No word about the "
+            f"start of saving step 4 from process 1 on {HERE} within 1 s. {AGAIN}"
+        )
+        assert said["steps"] == said["saved after that"] == [1, 2, 3]
 
 
 @pytest.mark.slow
@@ -71,7 +71,7 @@ def test_a_job_goes_on_with_another_number_of_processes_on_another_mesh(tmp_path
             f"{BODIES}:goes_on", count, str(tmp_path), str(data), str(expert), devices=8 // count
         )
         last = step - 1 if step else None
-        assert [last_line(text) for text in found] == [[last, list(range(max(0, step - 2), step + 1))]] * count
+        assert [json.loads(text) for text in found] == [[last, list(range(max(0, step - 2), step + 1))]] * count
 
 
 @pytest.mark.slow
@@ -87,14 +87,15 @@ def test_a_process_killed_while_saving_leaves_a_sound_checkpoint_and_no_other_wa
             ended = running.wait(60)
             waited = time.monotonic() - killed
         assert ended[victim].status == -9
-        assert waited < 40  # the patience of the others is 5 seconds; without process 0, the service ends them itself
+        assert waited < 20
         for process, end in enumerate(ended):
-            if process != victim and victim != 0:
-                assert end.status == 3, end
-                # On a busy machine, others may be late as well.
-                assert re.search(rf"Process(es)? ([0-9], )*{victim}(, [0-9])* of 4 did not come to ", end.stdout), end
+            if process != victim:
+                assert end.status == LOST, end
+                lost = end.stderr.splitlines()[-1]
+                assert lost.startswith(f"jmoe: Lost process {victim} on {HERE}"), end
+                assert lost.endswith(AGAIN), end
         began = int([line for line in ended[victim].stdout.splitlines() if line.startswith("saving")][-1].split()[1])
-        restored = {last_line(text) for text in processes.together(f"{BODIES}:restores", 2, str(tmp_path), "1", "2")}
+        restored = {json.loads(text) for text in processes.together(f"{BODIES}:restores", 2, str(tmp_path), "1", "2")}
         assert len(restored) == 1
         # What was complete when the one after the next began is there; that one may be, too.
         assert began - 1 <= restored.pop() <= began + 1
