@@ -82,6 +82,7 @@ def test_a_layer_of_members_is_so_many_layers():
     assert output.metrics["dropped_tokens"] == 0
 
 
+@pytest.mark.slow
 def test_members_compete_for_no_expert_of_another():
     layer = drawn(functools.partial(MoEMlp, dataclasses.replace(MEMBERS, router=TopK(k=3)), D))
     routing = layer(normal(B * M, T, D)).decision
@@ -126,6 +127,7 @@ class Counting:
         return self.attention(x, **options)
 
 
+@pytest.mark.slow
 def test_images_are_copied_before_the_first_sparse_block_only():
     model = drawn(functools.partial(VisionTransformer, CONFIG))
     rows = []

@@ -28,6 +28,6 @@ def test_on_eight_devices(file):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("file", ["test_equality.py"])
+@pytest.mark.parametrize("file", FILES)
 def test_on_eight_devices_at_length(file):
     run(file, "slow")

@@ -248,6 +248,7 @@ def test_options_that_make_no_sense_are_refused(options, sentence):
         Initialize(path="x", **options)
 
 
+@pytest.mark.slow
 def test_a_run_that_starts_elsewhere_goes_on_and_when_it_is_resumed_needs_no_source(source, tmp_path):
     moved = tmp_path / "source"
     shutil.copytree(source[0], moved)

@@ -25,6 +25,7 @@ from jmoe.train.loop import train
 from jmoe.train.overrides import apply_overrides
 from jmoe.train.state import initial_state, make_optimizer
 from jmoe.train.workdir import differences_from_run
+from tests.aot import slow_but
 from tests.train.tiny import tiny_config
 
 
@@ -83,7 +84,7 @@ def test_a_finished_run_says_so_and_is_not_repeated(finished):
     assert (workdir / "metrics.jsonl").read_text() == before
 
 
-@pytest.mark.parametrize("stop_after", sorted(random.Random(3).sample(range(1, 12), 3)))
+@pytest.mark.parametrize("stop_after", slow_but(9, sorted(random.Random(3).sample(range(1, 12), 3))))
 def test_a_run_stopped_at_any_step_and_resumed_ends_with_the_same_bits(finished, tmp_path, monkeypatch, stop_after):
     workdir, summary = finished
     stop_at(monkeypatch, stop_after)
@@ -290,6 +291,7 @@ def test_a_dense_model_is_trained_and_summarised_without_experts(tmp_path):
     assert summary.evaluation.dropped_tokens == 0
 
 
+@pytest.mark.slow
 def test_training_works_outside_the_main_thread(tmp_path):
     results = []
     config = tiny_config(steps=3, data=DataConfig(source=Digits(), batch_size=48))

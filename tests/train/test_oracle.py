@@ -113,6 +113,7 @@ def draws(run, mixup, key, t):
     return {"noise": noise, "mix": weights}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", CASES)
 def test_the_loss_of_twenty_steps_is_that_of_the_oracle(case):
     run, mixup, seed = CASES[case]

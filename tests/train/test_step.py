@@ -62,6 +62,7 @@ def test_labels_may_be_weights_of_classes():
     np.testing.assert_allclose(loss(batch["image"], label), expected, rtol=1e-6)
 
 
+@pytest.mark.slow
 def test_every_member_of_an_ensemble_learns_by_its_own_loss():
     config = without_randomness(accumulate=2)
     moe = dataclasses.replace(config.model.moe, num_experts=4, members=2)
@@ -103,6 +104,7 @@ def test_accumulated_parts_give_the_gradient_of_the_whole_batch():
         np.testing.assert_allclose(a, b, **tolerance("float32"))
 
 
+@pytest.mark.slow
 def test_the_average_follows_the_parameters():
     state0, _ = run(tiny_config(ema_decay=0.5), steps=0)
     state1, _ = run(tiny_config(ema_decay=0.5), steps=1)
@@ -114,6 +116,7 @@ def test_the_average_follows_the_parameters():
         np.testing.assert_allclose(mean, 0.25 * a + 0.25 * b + 0.5 * c, **tolerance("float32"))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("changes", [{"loss": "sigmoid"}, {"mixup": 0.5}], ids=str)
 def test_other_objectives_change_the_loss(changes):
     _, plain = run(tiny_config(), steps=3)
@@ -122,6 +125,7 @@ def test_other_objectives_change_the_loss(changes):
     assert other["loss/task"] != plain["loss/task"]
 
 
+@pytest.mark.slow
 def test_named_losses_replace_those_of_the_router():
     config = tiny_config()
     moe = dataclasses.replace(config.model.moe, losses=(Importance(weight=2.0), Load(weight=0.0)))
@@ -132,6 +136,7 @@ def test_named_losses_replace_those_of_the_router():
     assert metrics["loss/load"] == 0
 
 
+@pytest.mark.slow
 def test_each_step_draws_its_own_noise_and_a_run_repeats():
     _, first = run(tiny_config(), steps=2)
     _, again = run(tiny_config(), steps=2)

@@ -48,6 +48,7 @@ def by_name(*trees):
     return zip(path_names(trees[0]), zip(*leaves, strict=True), strict=True)
 
 
+@pytest.mark.slow
 def test_steps_with_remat_and_parts_of_a_batch_are_those_of_one_device():
     config = config_with(Mesh(data=2, expert=2, fsdp=2), accumulate=3, mixup=0.3)
     program, state, losses = trained(config)
