@@ -142,7 +142,7 @@ def _nearest(mesh: Mesh, num_devices: int, num_experts: int) -> str:
         pairs = [(w, getattr(mesh, name) or getattr(other, name), getattr(other, name)) for name, w in weights.items()]
         return sum(weight * abs(math.log(wanted / has)) for weight, wanted, has in pairs)
 
-    best = min(possible(num_devices, num_experts), key=distance)
+    best = min(possible(num_devices, num_experts), key=lambda other: (distance(other), -(other.expert or 1)))
     return f"use {best}, or leave data and expert out to have them chosen."
 
 

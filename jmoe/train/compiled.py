@@ -130,8 +130,10 @@ def check_batch(images: int, config: TrainConfig, mesh: jax.sharding.Mesh) -> No
     nearest = max(1, round(images / (parts * unit))) * parts * unit
     fewer = [n for n in range(1, parts) if parts % n == 0 and images % (n * unit) == 0]
     spare = f", or divide them among {fewer[-1]} (mesh.model takes the other devices)" if fewer else ""
+    processes = len({device.process_index for device in mesh.devices.flat})
+    where = f"{parts} devices" + (f" of {processes} processes" if processes > 1 else "")
     raise UserError(
-        f"{images} images{together} cannot be divided among {parts} devices ({meshes.of(mesh)}): use a batch of "
+        f"{images} images{together} cannot be divided among {where} ({meshes.of(mesh)}): use a batch of "
         f"{nearest}{' for each part of accumulate' if config.accumulate > 1 else ''}{spare}."
     )
 
