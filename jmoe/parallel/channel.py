@@ -2,9 +2,9 @@
 
 JAX has a service of its own for this, but its client ends the process with a stack of C++ when something is wrong, and
 learns of a lost process only when its heartbeats have been missing for a while. Here every process keeps one connection
-to process 0 for as long as the run lasts. It is how they meet, how they compare what they are about to do, and how the
-others learn within moments that one of them failed or is gone: the system closes the connections of a process however
-it ends, and drops those of a machine that no longer answers (KEEPALIVE_SECONDS).
+to process 0 for as long as the run lasts. It is how they meet, how they compare what they are about to do and agree on
+what they have done, and how the others learn within moments that one of them failed or is gone: the system closes the
+connections of a process however it ends, and drops those of a machine that no longer answers (KEEPALIVE_SECONDS).
 
 Messages are JSON, one object a line. Process 0 serves; it is also a client of itself, so that all are alike:
 

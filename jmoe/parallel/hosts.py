@@ -1,10 +1,11 @@
-"""The processes of a run: who they are, whether they are about to do the same, and what happens when one ends.
+"""The processes of a run: who they are, what they tell each other, and what happens when one ends.
 
     with start(...) as hosts:                  # jmoe.parallel.startup
         hosts.compare({"config": text, ...})   # raises on every host if one differs
-        ...
+        hosts.gather("damaged", "3")           # on every host: ["0", "3"]
+        ...                                    # where current() gives the same hosts
 
-In one process all of this does nothing.
+One process has nobody to wait for, and hears only itself.
 """
 
 import atexit
@@ -148,28 +149,30 @@ class Hosts:
         if self._channel:
             self._channel.fail(sentence, status)
 
+    def let_others_end(self, seconds: float | int = 0.0) -> None:
+        """Process 0 stays a moment longer: JAX's service is in it, and aborts the others when it goes."""
+        if self._server:
+            self._server.join(seconds + 2.0)
+
     def __enter__(self) -> "Hosts":
         """Nothing is to be done before."""
         return self
 
     def __exit__(self, _: type[BaseException] | None, error: BaseException | None, __: TracebackType | None) -> None:
         """Ends together with the others, or tells them why this process ends alone."""
-        status = self._part(error)
+        status = self._leave(error)
         if status is not None:
             # The traceback and the sentence are still to be printed. What must not happen after them is JAX's own
             # farewell: it would wait for the others for minutes and then end the process with a status of its own.
             atexit.register(self._exit, status)
 
-    def part_at_exit(self) -> None:
-        """Does at the end of the program what it does that enters them: for one that knows nothing of them."""
-        atexit.register(self._at_exit)
-
-    def _at_exit(self) -> None:
-        status = self._part(getattr(sys, "last_value", None))  # the error that ends the program, which is printed
+    def end_with_program(self) -> None:
+        """What is done on leaving them, for a program that has not entered them: called when it has come to its end."""
+        status = self._leave(getattr(sys, "last_value", None))  # the error that ends it, which has been printed
         if status is not None:
             self._exit(status)
 
-    def _part(self, error: BaseException | None) -> int | None:
+    def _leave(self, error: BaseException | None) -> int | None:
         """Tells the others that this process ends; returns the status it must end with after an error."""
         if self._channel is None:
             return None
@@ -213,11 +216,6 @@ class Hosts:
         self.let_others_end(GRACE_SECONDS)
         os._exit(status)
 
-    def let_others_end(self, seconds: float | int = 0.0) -> None:
-        """Process 0 stays a moment longer: JAX's service is in it, and aborts the others when it goes."""
-        if self._server:
-            self._server.join(seconds + 2.0)
-
     def _named(self, processes: Sequence[int]) -> str:
         assert self._channel is not None
         members = [self._channel.members[i] for i in processes]
@@ -237,7 +235,7 @@ def current() -> Hosts:
     global _current
     if _current is None:
         _current = connect_over_devices() if jax.process_count() > 1 else Hosts()
-        _current.part_at_exit()
+        atexit.register(_current.end_with_program)
     return _current
 
 
@@ -266,6 +264,19 @@ def connect_over_devices(*, timeout: float | int = 1800) -> Hosts:
     delay_abort()
     channel = Channel((host, int(port)), count, process, timeout=timeout)
     return Hosts(channel, process, server=server, timeout=timeout)
+
+
+def delay_abort() -> None:
+    """Gives the channel time for its sentence before JAX aborts the process.
+
+    When process 0 is gone, JAX's client logs a stack and aborts in the same instant in which our thread learns who is
+    lost. With libc's sleep() as the handler of SIGABRT (its argument is the number of the signal, 6), that thread of
+    C++ waits for six seconds first, and nothing of Python runs in a signal handler.
+    """
+    libc = ctypes.CDLL(None)
+    libc.signal.argtypes = [ctypes.c_int, ctypes.c_void_p]
+    libc.signal.restype = ctypes.c_void_p
+    libc.signal(int(signal.SIGABRT), ctypes.cast(libc.sleep, ctypes.c_void_p))
 
 
 def format_table(hosts: Sequence[Host]) -> str:
@@ -325,19 +336,6 @@ def _status(error: BaseException) -> int:
         return error.code if isinstance(error.code, int) else 1
     others = {KeyboardInterrupt: 130, BrokenPipeError: 141, ModuleNotFoundError: UserError.exit_code}
     return next((status for kind, status in others.items() if isinstance(error, kind)), 1)
-
-
-def delay_abort() -> None:
-    """Gives the channel time for its sentence before JAX aborts the process.
-
-    When process 0 is gone, JAX's client logs a stack and aborts in the same instant in which our thread learns who is
-    lost. With libc's sleep() as the handler of SIGABRT (its argument is the number of the signal, 6), that thread of
-    C++ waits for six seconds first, and nothing of Python runs in a signal handler.
-    """
-    libc = ctypes.CDLL(None)
-    libc.signal.argtypes = [ctypes.c_int, ctypes.c_void_p]
-    libc.signal.restype = ctypes.c_void_p
-    libc.signal(int(signal.SIGABRT), ctypes.cast(libc.sleep, ctypes.c_void_p))
 
 
 def _own_address() -> str:
