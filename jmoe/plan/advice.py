@@ -57,11 +57,11 @@ def _remedies(config: TrainConfig, plan: Plan, mesh: jax.sharding.Mesh, state: T
             f"about {gib(works / parts)} of temporary memory instead of {gib(works)}."
         )
         found.append(
-            f"--set data.batch_size={config.data.batch_size // parts} as well, which changes the recipe: scale the "
+            f"--set data.batch_size={config.data.batch_size // parts} saves as much and changes the recipe: scale the "
             "learning rate with it."
         )
     found += _more_sharded(config, plan, mesh, state)
-    if getattr(config.optimizer, "mu_dtype", "") is None:
+    if getattr(config.optimizer, "mu_dtype", "") is None and memory.parameters / 2 > 0.02 * memory.available:
         found.append(
             f"--set optimizer.mu_dtype=bfloat16 keeps the mean of gradients in half: {gib(memory.parameters / 2)}."
         )
@@ -90,7 +90,7 @@ def _larger(config: TrainConfig, plan: Plan, mesh: jax.sharding.Mesh, state: Tra
     """A slice of twice the chips, if there is one and the batch can be split as far."""
     generation, _, shape = plan.topology.partition(":")
     sizes = [int(size) for size in shape.split("x")]
-    smallest = sizes.index(min(sizes))
+    smallest = max(d for d, size in enumerate(sizes) if size == min(sizes))
     topology = nearest_topology(f"{generation}:{'x'.join(str(s * (1 + (d == smallest))) for d, s in enumerate(sizes))}")
     chips = plan.chips * 2
     images = config.data.batch_size // config.accumulate

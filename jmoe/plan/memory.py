@@ -52,7 +52,7 @@ def kept(config: TrainConfig, state: TrainState, mesh: jax.sharding.Mesh) -> Kep
       state: of `abstract_state`.
       mesh: of `jmoe.parallel.build`.
     """
-    where = state_shardings(state, mesh)
+    where = state_shardings(config, state, mesh)
 
     def bytes_of(*fields: str) -> int:
         leaves, shardings = (jax.tree.leaves([getattr(tree, name) for name in fields]) for tree in (state, where))

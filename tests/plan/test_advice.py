@@ -46,7 +46,7 @@ def test_advice_has_the_numbers_of_the_plan():
     assert "34.00 GiB of temporary memory" in rest[0]  # 40 less parameters and optimizer
     # 34 GiB in 4 parts are below the 9 that are left, in 3 they are not; 3 does not matter, as 12 images have both.
     assert rest[1].startswith("--set accumulate=4 computes the 12 images of a chip in 4 parts: about 8.50 GiB")
-    assert rest[2].startswith("--set data.batch_size=48 as well, which changes the recipe")
+    assert rest[2].startswith("--set data.batch_size=48 saves as much and changes the recipe")
     assert any(
         re.match(r"--mesh data=\d+,fsdp=\d+ keeps parameters and optimizer in \d+ parts: ", line) for line in rest
     )
@@ -73,7 +73,7 @@ def test_what_is_done_already_is_not_advised():
 def test_more_chips_are_advised_where_the_batch_splits_and_they_exist():
     config = large()
     config = dataclasses.replace(config, data=dataclasses.replace(config.data, batch_size=16 * 16))
-    assert any(line.startswith("--topology v5e:8x4 has twice the chips") for line in advise(config))
+    assert any(line.startswith("--topology v5e:4x8 has twice the chips") for line in advise(config))
     odd = dataclasses.replace(config, data=dataclasses.replace(config.data, batch_size=16 * 3))
     assert not any("--topology" in line for line in advise(odd))
     largest = dataclasses.replace(config, data=dataclasses.replace(config.data, batch_size=512 * 4))
@@ -106,6 +106,10 @@ def test_epochs_want_the_steps_that_only_the_dataset_knows():
         "The recipe has epochs=2.5, and a plan opens no dataset: for days and chip-hours, give --set epochs=none "
         "--set steps=N, where N is epochs * images / batch_size.",
     )
+
+
+def test_what_saves_next_to_nothing_is_not_advised():
+    assert not any("mu_dtype" in line for line in advise(large(), parameters=GIB // 2))
 
 
 @pytest.mark.parametrize("images", [16 * 4, 16])

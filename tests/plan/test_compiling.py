@@ -3,6 +3,7 @@
 import dataclasses
 import importlib.metadata
 import json
+import pathlib
 
 import jax
 import pytest
@@ -14,6 +15,7 @@ from jmoe.plan import compiling, plan
 from jmoe.plan.memory import Kept, abstract_state, kept, of_refusal
 from jmoe.plan.result import mesh_text
 from jmoe.train.compiled import make_program
+from jmoe.train.experiment import load_experiment
 from jmoe.train.optimizer import SGD
 from tests.train.tiny import tiny_config
 
@@ -173,3 +175,17 @@ def test_a_batch_that_does_not_split_is_refused():
     config = dataclasses.replace(config, data=dataclasses.replace(config.data, batch_size=8))
     with pytest.raises(UserError, match="8 images in groups of 4 cannot be divided among 4 devices"):
         plan(config, TOPOLOGY, Mesh(data=4))
+
+
+@pytest.mark.slow
+def test_the_compiler_refuses_what_is_too_large_and_takes_what_is_advised():
+    experiment = pathlib.Path(__file__).parents[2] / "experiments/vmoe_s32_imagenet1k.py"
+    config = load_experiment(experiment, ["data.batch_size=16384", "mixup=0.0"])
+    refused = plan(config, TOPOLOGY)
+    assert not refused.fits
+    assert refused.memory.peak > refused.memory.available
+    (advised,) = [note for note in refused.notes if note.startswith("--set accumulate=")]
+    override = advised.split()[1]
+    accepted = plan(load_experiment(experiment, ["data.batch_size=16384", "mixup=0.0", override]), TOPOLOGY)
+    assert accepted.fits
+    assert accepted.flops > 0
