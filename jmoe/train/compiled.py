@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import logging
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -15,10 +16,13 @@ from jmoe.parallel import mesh as meshes
 from jmoe.parallel import rules
 from jmoe.parallel.exchange import Exchange as MeshExchange
 from jmoe.parallel.mesh import BATCH, batch_parts
+from jmoe.paths import path_names
 from jmoe.train.checks import abstract_batch, readable
 from jmoe.train.config import TrainConfig
 from jmoe.train.state import TrainState, graph_of, initial_state, make_optimizer
 from jmoe.train.step import Batch, make_step
+
+logger = logging.getLogger("jmoe")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -69,7 +73,8 @@ def make_program(
     carry = (exchange or exchange_of)(mesh)
     optimizer, graph = make_optimizer(config, total_steps), graph_of(config)
     state = jax.eval_shape(lambda: initial_state(config, optimizer))
-    where = state_shardings(state, mesh)
+    where = state_shardings(config, state, mesh)
+    _say_placement(config, state, mesh)
     batch = {name: placed(shape, divided(mesh)) for name, shape in abstract_batch(config).items()}
     step = make_step(config, graph, optimizer, total_steps, carry)
     with readable(), jax.set_mesh(mesh):
@@ -115,9 +120,21 @@ def whole(mesh: jax.sharding.Mesh) -> NamedSharding:
     return NamedSharding(mesh, PartitionSpec())
 
 
-def state_shardings(state: TrainState, mesh: jax.sharding.Mesh) -> TrainState:
-    """Where the arrays of a state lie: parameters by `jmoe.parallel.RULES`, and with each what goes with it."""
-    return rules.state_shardings(state.params, state, mesh)
+def state_shardings(config: TrainConfig, state: TrainState, mesh: jax.sharding.Mesh) -> TrainState:
+    """Where the arrays of a state lie: parameters by the experiment's rules, and with each what goes with it."""
+    return rules.state_shardings(state.params, state, mesh, (*config.sharding, *rules.RULES))
+
+
+def _say_placement(config: TrainConfig, state: TrainState, mesh: jax.sharding.Mesh) -> None:
+    """Logs what one might not have meant: parameters without a rule, rules of the experiment without a parameter."""
+    if mesh.size == 1:
+        return
+    params = zip(path_names(state.params), jax.tree.leaves(state.params), strict=True)
+    placement = rules.place({name: tuple(p.shape) for name, p in params}, mesh, (*config.sharding, *rules.RULES))
+    own = {pattern for pattern, _ in config.sharding}
+    placement = dataclasses.replace(placement, unused=tuple(p for p in placement.unused if p in own))
+    for line in placement.report():
+        logger.info(line)
 
 
 def check_batch(images: int, config: TrainConfig, mesh: jax.sharding.Mesh) -> None:

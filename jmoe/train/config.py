@@ -10,6 +10,7 @@ from jmoe.data import DataConfig, Preprocess, Source, num_train_images
 from jmoe.evaluate import fewshot
 from jmoe.models.vit import ViTConfig
 from jmoe.parallel.mesh import Mesh
+from jmoe.parallel.rules import Rule
 from jmoe.routing import Router
 from jmoe.train.optimizer import Optimizer
 
@@ -146,6 +147,8 @@ class TrainConfig:
       log_every: steps between lines of the log.
       mesh: how the devices share the work: by default experts over as many as divide them, images over the rest. It
         changes nothing that is computed but the order of sums, and may change whenever a run is resumed.
+      sharding: rules of where parameters are kept, before those of `jmoe.parallel.RULES`: pairs of a regular expression
+        for their names and a mesh axis, or None, for each array axis, such as (("head/kernel", ("fsdp", None)),).
       watchdog: how many times the median of the recent steps one may take before the run is ended as stuck, with the
         stacks of all threads; never before ten minutes. None for no such watch.
     """
@@ -165,6 +168,7 @@ class TrainConfig:
     checkpoint: CheckpointConfig = CheckpointConfig()
     log_every: int = 50
     mesh: Mesh = Mesh()  # noqa: RUF009, a frozen dataclass
+    sharding: tuple[Rule, ...] = ()
     watchdog: float | None = 20.0
 
     def __post_init__(self):

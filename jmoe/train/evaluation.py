@@ -105,7 +105,7 @@ def restore(
         raise UserError(f"{workdir} holds no checkpoints. Train first: jmoe train EXPERIMENT --workdir {workdir}")
     # Only what is evaluated is restored, so that options of training may differ.
     abstract = dataclasses.replace(jax.eval_shape(lambda: initial_state(config, optax.identity())), optimizer=None)
-    abstract = placed(abstract, state_shardings(abstract, mesh))
+    abstract = placed(abstract, state_shardings(config, abstract, mesh))
     with Checkpointer(directory) as checkpointer:
         if step is None:
             state, _, step = checkpointer.restore_latest(abstract, partial=True)

@@ -102,12 +102,13 @@ def _train(config: TrainConfig, workdir: str | os.PathLike[str], stop: StopReque
     position = {"seed": config.seed, "global_batch": config.data.batch_size, "fingerprint": fingerprint(config.data)}
     if hosts.count > 1:
         hosts.compare(_what_hosts_share(config, position))
-    path = pathlib.Path(workdir).absolute()
+    path, ended = pathlib.Path(workdir).absolute(), ""
     if main:
         path = folders.prepare(workdir, config)
+        ended = (path / folders.SUMMARY).read_text() if (path / folders.SUMMARY).exists() else ""
     # Process 0 says for all whether there is anything to do: what another sees of the folder may be older.
-    if hosts.gather("finished before", str((path / folders.SUMMARY).exists()))[0] == "True":
-        return _finished(path)
+    if ended := hosts.gather("the end of the run", ended)[0]:
+        return _finished(path, ended)
 
     # Functions: the model without its arrays, the step, the evaluation; and the mesh on which they run.
     program = make_program(config, steps)
@@ -269,10 +270,10 @@ def _test_metrics(evaluation: Evaluation) -> dict[str, Any]:
     return {f"test/{name}": value for name, value in metrics.items()}
 
 
-def _finished(path: pathlib.Path) -> Summary:
-    """The summary of a run that ended before."""
+def _finished(path: pathlib.Path, summary: str) -> Summary:
+    """The summary of a run that ended before, from the text of its file."""
     try:
-        saved = json.loads((path / folders.SUMMARY).read_text())
+        saved = json.loads(summary)
         here = {"evaluation": Evaluation(**saved["evaluation"]), "workdir": str(path), "already_finished": True}
         return Summary(**saved | here)
     except (ValueError, TypeError, KeyError) as error:

@@ -16,7 +16,7 @@ MODEL = "model.json"  # in its place, in a folder that `jmoe convert` wrote
 CHECKPOINTS = "checkpoints"
 SUMMARY = "summary.json"
 # What may change between the parts of a run without changing what it computes.
-_FREE = ("checkpoint", "evaluate", "log_every", "mesh", "watchdog")
+_FREE = ("checkpoint", "evaluate", "log_every", "mesh", "sharding", "watchdog")
 
 
 def prepare(workdir: str | os.PathLike[str], config: TrainConfig) -> pathlib.Path:

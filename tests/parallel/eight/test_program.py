@@ -116,3 +116,13 @@ def test_a_layer_refuses_groups_that_do_not_split():
         ValueError, match="The groups of 12 images of 5 tokens, 15 tokens each, cannot be divided among 8"
     ):
         layer(jax.numpy.ones((12, 5, 8)), exchange=Exchange(build(Mesh(), num_experts=8)))
+
+
+def test_rules_of_an_experiment_come_before_ours_and_what_they_miss_is_said(caplog):
+    caplog.set_level("INFO", logger="jmoe")
+    config = config_with(Mesh(fsdp=4, model=2), sharding=(("pre_head|norm/scale", ("model",)), ("nobody", ())))
+    program = make_program(config, 12)
+    assert program.state.params["norm"]["scale"].sharding.spec == ("model",)
+    assert program.state.optimizer["direction"].mu["norm"]["scale"].sharding.spec == ("model",)
+    assert "Sharding rules that match no parameter: 'nobody'." in caplog.messages
+    assert [line for line in caplog.messages if "head" in line] == []  # our own may match nothing
