@@ -6,6 +6,7 @@ import dataclasses
 import jax
 import numpy as np
 import pytest
+from jax.sharding import PartitionSpec
 
 from jmoe import MoEConfig, TopK
 from jmoe.data import train_batches
@@ -122,7 +123,7 @@ def test_rules_of_an_experiment_come_before_ours_and_what_they_miss_is_said(capl
     caplog.set_level("INFO", logger="jmoe")
     config = config_with(Mesh(fsdp=4, model=2), sharding=(("pre_head|norm/scale", ("model",)), ("nobody", ())))
     program = make_program(config, 12)
-    assert program.state.params["norm"]["scale"].sharding.spec == ("model",)
-    assert program.state.optimizer["direction"].mu["norm"]["scale"].sharding.spec == ("model",)
+    assert program.state.params["norm"]["scale"].sharding.spec == PartitionSpec("model")
+    assert program.state.optimizer["direction"].mu["norm"]["scale"].sharding.spec == PartitionSpec("model")
     assert "Sharding rules that match no parameter: 'nobody'." in caplog.messages
     assert [line for line in caplog.messages if "head" in line] == []  # our own may match nothing
