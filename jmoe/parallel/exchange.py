@@ -131,15 +131,25 @@ class Exchange:
 
     def slots_to_experts(self, slots: Float[Array, "E N D"]) -> Float[Array, "e n D"]:
         """Sends the slots of all experts away and returns those of all devices for the experts here."""
-        if self.expert_parts == 1:
+        n = self.expert_parts
+        if n == 1:
             return slots
-        return jax.lax.all_to_all(slots, "expert", split_axis=0, concat_axis=1, tiled=True)
+        # Blocks for devices are exchanged along an axis of their own: along that of slots, the compiler for TPU moves
+        # single rows to other layouts and back, which takes longer than the exchange.
+        E, N, D = slots.shape
+        blocks = slots.reshape(n, E // n, N, D)
+        blocks = jax.lax.all_to_all(blocks, "expert", split_axis=0, concat_axis=0, tiled=True)
+        return blocks.swapaxes(0, 1).reshape(E // n, n * N, D)
 
     def slots_to_tokens(self, outputs: Float[Array, "e n D"]) -> Float[Array, "E N D"]:
         """Undoes `slots_to_experts`."""
-        if self.expert_parts == 1:
+        n = self.expert_parts
+        if n == 1:
             return outputs
-        return jax.lax.all_to_all(outputs, "expert", split_axis=1, concat_axis=0, tiled=True)
+        e, N, D = outputs.shape
+        blocks = outputs.reshape(e, n, N // n, D).swapaxes(0, 1)
+        blocks = jax.lax.all_to_all(blocks, "expert", split_axis=0, concat_axis=0, tiled=True)
+        return blocks.reshape(e * n, N // n, D)
 
     def rows_to_experts(
         self, rows: Float[Array, "N D"], group_sizes: Int[Array, " E"], limit: int
