@@ -95,31 +95,48 @@ def trip_count(program: Program, operation: Operation) -> int | None:
     """
     if count := re.search(r'"known_trip_count":\{"n":"(\d+)"\}', operation.line):
         return int(count[1])
-    root = _root(program.called(operation, "condition"))
+    condition = _root(program.called(operation, "condition"))
     body = _root(program.called(operation, "body"))
-    if root is None or body is None or root.opcode != "compare" or "direction=LT" not in root.line:
-        return None
-    counter, limit = program.operands(root)
-    index = re.search(r"\bindex=(\d+)", counter.line) if counter.opcode == "get-tuple-element" else None
     start = program.operands(operation)[0]
-    if index is None or body.opcode != "tuple" or start.opcode != "tuple":
+    if condition is None or condition.opcode != "compare" or "direction=LT" not in condition.line:
         return None
-    first = _constant(program, program.operands(start)[int(index[1])])
-    last = _constant(program, limit)
-    step = program.operands(body)[int(index[1])]
-    counts = step.opcode == "add" or (step.opcode == "fusion" and "add" in step.name)
-    return max(last - first, 0) if counts and first is not None and last is not None else None
+    if body is None or body.opcode != "tuple" or start.opcode != "tuple":
+        return None
+    counter, limit = program.operands(condition)
+    index = _index(program, counter)
+    step = None if index is None else _source(program, program.operands(body)[index])
+    if index is None or step is None or step.opcode != "add":
+        return None
+    counters = [_index(program, operand) == index for operand in program.operands(step)]
+    by = [_constant(program, operand) for operand in program.operands(step)]
+    first, last = _constant(program, program.operands(start)[index]), _constant(program, limit)
+    if counters.count(True) != 1 or by[counters.index(False)] != 1 or first is None or last is None:
+        return None
+    return max(last - first, 0)
 
 
 def _root(operations: Mapping[str, Operation]) -> Operation | None:
     return next((operation for operation in operations.values() if operation.is_root), None)
 
 
-def _constant(program: Program, operation: Operation) -> int | None:
-    """The whole number that an operation always has."""
+def _source(program: Program, operation: Operation) -> Operation:
+    """What an operation copies, if it only does that."""
     while operation.opcode in ("copy", "convert", "bitcast"):
         operation = program.operands(operation)[0]
-    found = re.search(r"\bconstant\((-?\d+)\)", operation.line)
+    return operation
+
+
+def _index(program: Program, operation: Operation) -> int | None:
+    """Which element of a tuple an operation is."""
+    source = _source(program, operation)
+    found = re.search(r"\bindex=(\d+)", source.line) if source.opcode == "get-tuple-element" else None
+    return int(found[1]) if found else None
+
+
+def _constant(program: Program, operation: Operation) -> int | None:
+    """The whole number that an operation always has."""
+    source = _source(program, operation)
+    found = re.search(r"\bconstant\((-?\d+)\)", source.line) if source.opcode == "constant" else None
     return int(found[1]) if found else None
 
 

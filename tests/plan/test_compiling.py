@@ -189,3 +189,15 @@ def test_the_compiler_refuses_what_is_too_large_and_takes_what_is_advised():
     accepted = plan(load_experiment(experiment, ["data.batch_size=16384", "mixup=0.0", override]), TOPOLOGY)
     assert accepted.fits
     assert accepted.flops > 0
+
+
+@pytest.mark.slow
+def test_a_batch_in_parts_sends_tokens_for_each_part(planned):
+    config = config_of_four_experts()
+    data = dataclasses.replace(config.data, batch_size=2 * config.data.batch_size)
+    parts = plan(dataclasses.replace(config, data=data, accumulate=2), TOPOLOGY, Mesh(data=2, expert=2))
+    whole = planned[0]
+    assert parts.bound.uncounted == {}
+    sent = [next(row for row in one.bound.traffic if row.kind == "all-to-all").bytes for one in (whole, parts)]
+    assert sent[1] == 2 * sent[0]
+    assert parts.flops > 1.5 * whole.flops
