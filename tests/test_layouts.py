@@ -1,4 +1,4 @@
-"""Tables of layouts: a small layer is compiled; the rest is read from figures that are kept, as compiling takes long."""
+"""Tables of layouts: a small layer is compiled; the rest is read from figures that are kept, for compiling is slow."""
 
 import dataclasses
 import json
