@@ -1,8 +1,11 @@
 """The plans of the published models that lie beside the experiments, each made by the command in it."""
 
+import importlib.util
 import json
 import pathlib
 import shlex
+import subprocess
+import sys
 
 import pytest
 
@@ -68,9 +71,33 @@ def test_it_is_of_the_experiment_as_it_is(name):
     assert (found.other_state, found.batch) == (memory["other_state"], memory["batch"])
 
 
+def test_a_plan_is_made_again_by_its_command_if_it_fits(tmp_path, monkeypatch):
+    spec = importlib.util.spec_from_file_location("make", ROOT / "experiments/plans/make.py")
+    make = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(make)
+    ran, printed = [], {"command": "jmoe plan e.py --json", "fits": True, "new": 1}
+
+    def run(words, **options):
+        ran.append(words)
+        return subprocess.CompletedProcess(words, 0, stdout=json.dumps(printed))
+
+    monkeypatch.setattr(make.subprocess, "run", run)
+    path = tmp_path / "e.json"
+    path.write_text(json.dumps({"command": "jmoe plan e.py --json"}))
+    make.make(path)
+    assert ran == [[sys.executable, "-m", "jmoe", "plan", "e.py", "--json"]]
+    assert json.loads(path.read_text()) == printed
+    printed |= {"fits": False, "new": 2}
+    with pytest.raises(SystemExit, match=r"e\.json does not fit"):
+        make.make(path)
+    assert json.loads(path.read_text())["new"] == 1
+
+
 @pytest.mark.slow
 def test_compiling_again_gives_the_same_plan(capsys, monkeypatch):
-    """Of the same versions; with others the compiler may do as it likes."""
+    """If not, the step has changed, and experiments/plans/make.py makes the plans again. With other versions of the
+    compiler only what does not depend on it is compared.
+    """
     monkeypatch.chdir(ROOT)
     before = PLANS["vmoe_s32_imagenet1k_v5e_16x16"]
     assert main(shlex.split(before["command"])[1:]) == 0
