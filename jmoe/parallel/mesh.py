@@ -4,7 +4,7 @@ import dataclasses
 import itertools
 import math
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import jax
@@ -111,7 +111,76 @@ def build(mesh: Mesh, devices: Sequence[Any] | None = None, num_experts: int | N
             )
         else:
             grid = mesh_utils.create_device_mesh(shape, devices, allow_split_physical_axes=True)
+            grid = _in_blocks(shape, devices, np.asarray(grid))
     return jax.sharding.Mesh(np.asarray(grid), AXES, axis_types=(AxisType.Auto,) * len(AXES))
+
+
+def _in_blocks(shape: tuple[int, ...], devices: Sequence[Any], grid: np.ndarray) -> np.ndarray:
+    """Lays devices out so that those of an all-to-all along `expert` form a block of the torus, if that is faster.
+
+    In an all-to-all of n chips, half of what they send crosses the middle of the block in each direction. For a side of
+    f chips there are n / f lines to carry it, twice as many where the side goes around the torus: the time grows with
+    the longest side, and a row of 8 chips takes twice as long as a block of 2 by 4.
+
+    Args:
+      shape: the size of each axis of AXES.
+      devices: of one slice.
+      grid: the layout to improve on.
+
+    Returns:
+      a layout [data, fsdp, expert, model]; `grid` if there is none in which expert is faster.
+    """
+    if not all(hasattr(device, "coords") for device in devices):
+        return grid
+    by_place = {tuple(device.coords): device for device in devices}
+    sides = tuple(int(side) + 1 for side in np.max(list(by_place), axis=0))
+    if len(by_place) != len(devices) or math.prod(sides) != len(devices):
+        return grid  # several devices to a chip, or not a whole slice
+
+    def time(block: Sequence[int]) -> float:
+        return max(
+            f / (2 if f == side and _wraps(side, sides) else 1) if f > 1 else 0
+            for f, side in zip(block, sides, strict=True)
+        )
+
+    axis = AXES.index("expert")
+    places = np.array([device.coords for device in np.moveaxis(grid, axis, -1).reshape(-1, shape[axis])[0]])
+    now = tuple(len(set(column)) for column in places.T)
+    best = min(_factors(shape[axis], sides), key=time, default=None)
+    if best is None or (math.prod(now) == shape[axis] and time(best) >= time(now)):
+        return grid
+    # The other axes share what is left of each side, model in the shortest pieces.
+    left = [side // f for side, f in zip(sides, best, strict=True)]
+    blocks = {"expert": best}
+    for name in ("model", "fsdp", "data"):
+        block = min(_factors(shape[AXES.index(name)], left), key=max, default=None)
+        if block is None:
+            return grid
+        blocks[name] = block
+        left = [side // f for side, f in zip(left, block, strict=True)]
+    # Each side, cut into (data, fsdp, expert, model), so that those of the last are neighbours.
+    cut = [blocks[name][d] for d in range(len(sides)) for name in AXES]
+    chips = np.empty(sides, object)
+    for place, device in by_place.items():
+        chips[place] = device
+    order = [d * len(AXES) + a for a in range(len(AXES)) for d in range(len(sides))]
+    return chips.reshape(cut).transpose(order).reshape(shape)
+
+
+def _wraps(side: int, sides: Sequence[int]) -> bool:
+    """Whether a side of a slice goes around: one of 16 chips in two dimensions, all in three if made of 4 by 4 by 4."""
+    return all(s % 4 == 0 for s in sides) if min(sides) > 1 and len(sides) == 3 else side == 16
+
+
+def _factors(number: int, sides: Sequence[int]) -> Iterator[tuple[int, ...]]:
+    """Yields the ways to write a number as a product of divisors of the sides."""
+    if not sides:
+        if number == 1:
+            yield ()
+        return
+    for f in _divisors(math.gcd(number, sides[0])):
+        for rest in _factors(number // f, sides[1:]):
+            yield (f, *rest)
 
 
 def batch_parts(mesh: jax.sharding.Mesh) -> int:
@@ -124,7 +193,9 @@ def of(mesh: jax.sharding.Mesh) -> Mesh:
     return Mesh(**{name: mesh.shape[name] for name in AXES})
 
 
-def possible(num_devices: int, num_experts: int | None = None, *, fsdp: int | None = None, model: int | None = None):
+def possible(
+    num_devices: int, num_experts: int | None = None, *, fsdp: int | None = None, model: int | None = None
+) -> Iterator[Mesh]:
     """Yields every Mesh of so many devices; of those given, only such with that fsdp or model."""
     for expert, f, m in itertools.product(_divisors(num_devices), repeat=3):
         if (num_experts or 1) % expert or num_devices % (expert * f * m):

@@ -2,6 +2,7 @@
 
 import math
 
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -78,3 +79,33 @@ def test_devices_of_a_slice_are_laid_out_along_the_axes():
     for pair in mesh.devices.reshape(8, 2):  # model is innermost: neighbours on the torus
         (a, b) = (device.coords for device in pair)
         assert sum(abs(i - j) for i, j in zip(a, b, strict=True)) == 1
+
+
+@pytest.mark.parametrize(
+    ("topology", "experts", "block"),
+    [
+        ("v5e:16x16", 8, (2, 4, 1)),  # a row of 8 would take twice as long
+        ("v5e:16x16", 32, (16, 2, 1)),  # as long as 8 by 4, for 16 go around
+        ("v5p:8x8x8", 8, (2, 2, 2)),
+        ("v5p:8x8x8", 32, (8, 4, 1)),  # as long as 4 by 4 by 2
+        ("v6e:16x16", 16, (4, 4, 1)),
+    ],
+)
+def test_devices_that_exchange_tokens_are_a_block_of_the_torus(topology, experts, block):
+    mesh = build(Mesh(), topology_devices(topology), experts)
+    assert len({device.id for device in mesh.devices.flat}) == mesh.size
+    blocks = set()
+    for exchanging in mesh.devices.reshape(-1, experts):
+        places = np.array([device.coords for device in exchanging])
+        sides = tuple(len(set(column)) for column in places.T)
+        assert sides == tuple(places.max(axis=0) - places.min(axis=0) + 1)  # without gaps
+        blocks.add(sides)
+    assert blocks == {block}
+
+
+@given(expert=st.sampled_from([1, 2, 4, 8]), fsdp=st.sampled_from([1, 2, 4]), model=st.sampled_from([1, 2]))
+def test_every_layout_has_every_device_once(expert, fsdp, model):
+    for topology in ("v5e:8x8", "v5p:4x4x4"):
+        mesh = build(Mesh(expert=expert, fsdp=fsdp, model=model), topology_devices(topology), 8)
+        assert len({device.id for device in mesh.devices.flat}) == 64
+        assert of(mesh) == Mesh(data=64 // (expert * fsdp * model), expert=expert, fsdp=fsdp, model=model)
