@@ -139,7 +139,7 @@ def _in_blocks(shape: tuple[int, ...], devices: Sequence[Any], grid: np.ndarray)
 
     def time(block: Sequence[int]) -> float:
         return max(
-            f / (2 if f == side and _wraps(side, sides) else 1) if f > 1 else 0
+            f / (2 if f == side and _wraps(side, sides) else 1) if f > 1 else 0.0
             for f, side in zip(block, sides, strict=True)
         )
 
