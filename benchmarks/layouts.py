@@ -8,7 +8,7 @@ chip, tokens dispatched by one-hot matrices, and the partitioner left to find th
 B/16 on few chips beside that on many, once with experts on different chips and once with everything on all of them.
 
 A program takes minutes to compile. What was read off it is kept in benchmarks/results/layouts.json and taken from there
-the next time; --again compiles. README.md beside this file says what is measured.
+the next time; --again compiles it anew. README.md beside this file says what is measured.
 """
 
 # ruff: noqa: E402 - the path is set before anything is imported from the checkout
@@ -289,14 +289,14 @@ def figures(compiled: jax.stages.Compiled, chip: Chip, mesh: jax.sharding.Mesh) 
 class Store:
     """What was read off programs, kept in a file by the names of cells."""
 
-    def __init__(self, path: pathlib.Path, experiment: TrainConfig, again: bool = False):
-        """Reads the file if there is one; `again` compiles what it has as well."""
+    def __init__(self, path: pathlib.Path, experiment: TrainConfig, again: str | None = None):
+        """Reads the file if there is one; what it has of the exchange `again`, or of "all", is compiled as well."""
         self.path, self.experiment, self.again = path, experiment, again
         self.known: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {}
 
     def __getitem__(self, cell: Cell) -> dict[str, Any]:
         """The figures of a cell, compiled if the file lacks them."""
-        if self.again or cell.name not in self.known:
+        if self.again in (cell.exchange, "all") or cell.name not in self.known:
             started = time.monotonic()
             _say(f"{cell.name}: compiling")
             found = measure(cell, self.experiment)
@@ -465,7 +465,13 @@ def parser() -> argparse.ArgumentParser:
     """Of the command line."""
     common = argparse.ArgumentParser(add_help=False)
     common.add_argument("--json", action="store_true", help="print one JSON object")
-    common.add_argument("--again", action="store_true", help="compile what the results have as well")
+    common.add_argument(
+        "--again",
+        choices=(*EXCHANGES, "all"),
+        nargs="?",
+        const="all",
+        help="compile what the results have as well, all of it or that of one layout",
+    )
     common.add_argument("--results", type=pathlib.Path, default=RESULTS, help="where figures are kept (%(default)s)")
     found = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     tables = found.add_subparsers(dest="table", required=True)

@@ -114,6 +114,10 @@ def test_nothing_is_compiled_twice_unless_it_is_asked_for(store, monkeypatch, ca
     assert "compiling" not in capsys.readouterr().err
     layouts.main([*arguments, "--again"])
     assert capsys.readouterr().err.count("compiling") == 2
+    layouts.main([*arguments, "--again", "jmoe"])
+    assert capsys.readouterr().err == "".join(
+        f"layer jmoe v5e:4x4 data=2,expert=8 8x384px: {what}\n" for what in ("compiling", "0 s")
+    )
 
 
 @pytest.mark.parametrize(
