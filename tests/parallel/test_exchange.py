@@ -95,7 +95,15 @@ def test_fused_experts_exchange_as_much():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("topology", "kind"), [("v5e:2x2", "all-to-all"), ("v5p:2x2x1", "ragged-all-to-all")])
+@pytest.mark.parametrize(
+    ("topology", "kind"),
+    [
+        ("v5e:2x2", "all-to-all"),
+        ("v4:2x2x1", "ragged-all-to-all"),
+        ("v5p:2x2x1", "ragged-all-to-all"),
+        ("v6e:2x2", "ragged-all-to-all"),
+    ],
+)
 def test_rows_without_slots_go_by_the_ragged_form_where_there_is_one(topology, kind):
     kinds, sizes = sent(topology, Mesh(data=2, expert=2), method="ragged")
     rows = [one for one in kinds if one == (kind, ("expert",))]
