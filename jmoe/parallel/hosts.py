@@ -81,6 +81,7 @@ class Hosts:
         self.timeout = timeout
         self._channel = channel
         self._server = server
+        self._ending: Ending | None = None
         if channel:
             channel.watch(self._end)
 
@@ -193,6 +194,9 @@ class Hosts:
 
     def _end(self, ending: Ending) -> None:
         """Ends this process from a thread: its main one may be waiting for a device, and that for a lost process."""
+        if self._ending is not None:
+            return  # what came first is the reason: that process 0 is then gone, too, follows from it
+        self._ending = ending
         if ending.at_once:
             self._end_now(ending)
         else:
