@@ -31,7 +31,6 @@ class Program:
 
     Attributes:
       mesh: of the devices.
-      exchange: of tokens between them.
       state: shape, dtype and sharding of every array of the state.
       batch: the same of a batch.
       init: () -> the state before the first step.
@@ -39,15 +38,10 @@ class Program:
     """
 
     mesh: jax.sharding.Mesh
-    exchange: Exchange
     state: TrainState
     batch: Batch
     init: Callable[[], TrainState]
     step: Any  # of jax.jit: it can be lowered, too
-
-    def rows(self, process: int | None = None) -> list[int]:
-        """The images of a batch, by number, that the devices of a process work on; of this one if None."""
-        return rows_of(self.batch["image"].sharding, self.batch["image"].shape[0], process)
 
 
 def make_program(
@@ -81,22 +75,11 @@ def make_program(
         jax.eval_shape(step, state, batch)
     return Program(
         mesh=mesh,
-        exchange=carry,
         state=placed(state, where),
         batch=batch,
         init=_on(mesh, jax.jit(lambda: initial_state(config, optimizer), out_shardings=where)),
         step=jax.jit(step, donate_argnums=0, out_shardings=(where, whole(mesh))),
     )
-
-
-def lower_step(config: TrainConfig, devices: Sequence[Any] | None, total_steps: int) -> jax.stages.Lowered:
-    """The real training step, lowered for devices that need not be there; `.compile()` it and read what it takes.
-
-    Args and errors as `make_program`.
-    """
-    program = make_program(config, total_steps, devices)
-    with jax.set_mesh(program.mesh):  # kernels see the chip by the mesh
-        return program.step.lower(program.state, program.batch)
 
 
 def mesh_of(config: TrainConfig, devices: Sequence[Any] | None = None) -> jax.sharding.Mesh:

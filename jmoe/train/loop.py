@@ -153,6 +153,7 @@ def _train(config: TrainConfig, workdir: str | os.PathLike[str], stop: StopReque
         # The threads of several CPU devices can wait for each other for ever if programs pile up.
         in_turn = mesh.size > 1 and mesh.devices.flat[0].platform == "cpu"
         watchdog = None if config.watchdog is None else stack.enter_context(Watchdog(multiple=config.watchdog))
+        paused = contextlib.nullcontext if watchdog is None else watchdog.paused
 
         for step in range(start + 1, steps + 1):
             batch = next(batches)
@@ -171,7 +172,7 @@ def _train(config: TrainConfig, workdir: str | os.PathLike[str], stop: StopReque
                     writer.write(step, {f"train/{name}": value for name, value in values.items()})
                     progress.update(step, values["loss"])
                 recent = []
-            with contextlib.nullcontext() if watchdog is None else watchdog.paused():
+            with paused():
                 if due or step % save_every == 0:
                     checkpointer.save(step, state, position | {"step": step})
                 if step == steps or step % evaluate_every == 0:
@@ -188,7 +189,7 @@ def _train(config: TrainConfig, workdir: str | os.PathLike[str], stop: StopReque
                     )
             if watchdog is not None:
                 watchdog.step_ended(step)
-        with contextlib.nullcontext() if watchdog is None else watchdog.paused():
+        with paused():
             checkpointer.wait()
 
     if evaluation is None:  # the last checkpoint was complete, but the run ended before its summary was written

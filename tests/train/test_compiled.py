@@ -10,7 +10,7 @@ from jmoe.analysis.collectives import axes_of, collectives
 from jmoe.analysis.hlo import parse
 from jmoe.parallel import Mesh, topology_devices
 from jmoe.parallel.topology import compiling_for
-from jmoe.train.compiled import make_program
+from jmoe.train.compiled import make_program, rows_of
 from jmoe.train.experiment import load_experiment
 
 
@@ -53,4 +53,5 @@ def test_a_slice_takes_as_many_experts_as_divide_its_chips():
     w_in = program.state.params["blocks"][1]["moe"]["experts"]["w_in"]
     assert w_in.sharding.shard_shape(w_in.shape)[0] == 1
     assert program.batch["image"].sharding.shard_shape(program.batch["image"].shape)[0] == 8
-    assert sorted(row for process in range(4) for row in program.rows(process)) == list(range(128))
+    rows = [row for process in range(4) for row in rows_of(program.batch["image"].sharding, 128, process)]
+    assert sorted(rows) == list(range(128))
