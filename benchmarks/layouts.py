@@ -20,7 +20,6 @@ import os
 import pathlib
 import sys
 import time
-import warnings
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -45,6 +44,7 @@ from jmoe.parallel import Exchange as MeshExchange
 from jmoe.parallel import Mesh, build, topology_devices
 from jmoe.parallel.mesh import BATCH, batch_parts
 from jmoe.parallel.rules import shardings
+from jmoe.parallel.topology import compiling_for
 from jmoe.plan.compiling import versions
 from jmoe.routing import Routing
 from jmoe.train.compiled import divided, make_program, whole
@@ -224,9 +224,7 @@ def measure(cell: Cell, experiment: TrainConfig) -> dict[str, Any]:
     else:
         program = make_program(config, config.steps or 1, devices, exchange)
         mesh, function, arguments = program.mesh, program.step, (program.state, program.batch)
-    with warnings.catch_warnings(), jax.set_mesh(mesh):  # kernels see the chip by the mesh
-        # Such programs are written to the cache of compiled programs, but cannot be read from it.
-        warnings.filterwarnings("ignore", "Error reading persistent compilation cache entry")
+    with compiling_for(mesh):
         try:
             compiled = function.lower(*arguments).compile()
         except jax.errors.JaxRuntimeError as error:
