@@ -1,9 +1,13 @@
 """Self-attention and attention pooling."""
 
-from flax import nnx
+from typing import Any
+
+from flax import linen, nnx
 
 from jmoe.nn.mlp import Mlp
 from jmoe.notation import Array, Float
+
+MANY_TOKENS = 256  # 224 pixels in patches of 16 are 197
 
 
 def attention(D: int, num_heads: int, *, qk_norm: bool = False, dtype=None, rngs: nnx.Rngs) -> nnx.MultiHeadAttention:
@@ -17,6 +21,7 @@ def attention(D: int, num_heads: int, *, qk_norm: bool = False, dtype=None, rngs
     return nnx.MultiHeadAttention(
         num_heads,
         D,
+        attention_fn=_attend,
         dtype=dtype,
         kernel_init=nnx.initializers.xavier_uniform(),
         normalize_qk=qk_norm,
@@ -24,6 +29,20 @@ def attention(D: int, num_heads: int, *, qk_norm: bool = False, dtype=None, rngs
         keep_rngs=False,
         rngs=rngs,
     )
+
+
+def _attend(
+    query: Float[Array, "B Q H d"], key: Float[Array, "B T H d"], value: Float[Array, "B T H d"], **options: Any
+) -> Float[Array, "B Q H d"]:
+    """Attention by one of the two functions that Flax has for it.
+
+    That of NNX has logits in float32. Of many tokens they would be most of a step's memory, and moving them most of its
+    time: there it is that of Linen, as in the published models, which has them in the dtype of the computation.
+    """
+    if key.shape[1] <= MANY_TOKENS:
+        return nnx.dot_product_attention(query, key, value, **options)
+    own = {name: options[name] for name in ("mask", "deterministic", "dtype", "precision")}
+    return linen.dot_product_attention(query, key, value, **own)
 
 
 class AttentionPool(nnx.Module):

@@ -1,5 +1,6 @@
 import functools
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -41,6 +42,16 @@ def slow_attention(layer, queries, tokens):
 def test_attention_equals_its_definition(qk_norm):
     layer, x = drawn(functools.partial(attention, D, HEADS, qk_norm=qk_norm)), normal(B, T, D)
     np.testing.assert_allclose(layer(x, deterministic=True), slow_attention(layer, x, x), **tolerance("float32", 10))
+
+
+@pytest.mark.parametrize(("dtype", "logits"), [("float32", "f32"), ("bfloat16", "bf16")])
+def test_of_many_tokens_logits_are_kept_in_the_dtype_of_the_computation(dtype, logits, monkeypatch):
+    layer, x = drawn(functools.partial(attention, D, HEADS, dtype=jnp.dtype(dtype))), normal(B, T, D).astype(dtype)
+    expected = layer(x, deterministic=True)
+    monkeypatch.setattr("jmoe.nn.attention.MANY_TOKENS", T - 1)
+    np.testing.assert_allclose(layer(x, deterministic=True), expected, **tolerance(dtype, 10))
+    program = str(jax.make_jaxpr(lambda x: layer(x, deterministic=True))(x))
+    assert f"{logits}[{B},{HEADS},{T},{T}] = dot_general" in program
 
 
 def test_attention_pooling_is_one_query_over_all_tokens_and_a_perceptron():
