@@ -62,6 +62,11 @@ class Exchange(Protocol):
         """In how many parts images and groups are divided."""
         ...
 
+    @property
+    def expert_parts(self) -> int:
+        """In how many parts the experts are divided."""
+        ...
+
     def split(self, x: Shaped[Array, "..."]) -> Shaped[Array, "..."]:
         """Says that axis 0 (images, groups) is divided among devices."""
         ...

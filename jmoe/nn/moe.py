@@ -22,6 +22,10 @@ from jmoe.notation import Array, Bool, Float, PRNGKeyArray
 from jmoe.routing import Decision, ExpertChoice, Loss, Router, Routing, Soft, TopK, decide, routing_metrics
 from jmoe.routing.members import interleave_members, separate_members
 
+TILE_ROWS = 16  # of bfloat16 in a tile of a TPU's memory, two of float32
+MOST_CHUNKS = 4  # of what goes to experts on other devices, as each chunk adds to the gradient of the experts
+ROWS_OF_CHUNK = 2048  # of each expert at least, so that its products stay bound by arithmetic
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class MoEConfig:
@@ -46,6 +50,9 @@ class MoEConfig:
         computes it again. For method "gather" and experts without dropout.
       exchange_dtype: "bfloat16" rounds tokens on their way to the experts and back, as published; None leaves them as
         they are. Combine weights and sums are float32 either way.
+      exchange_chunks: where experts are on several devices, in how many parts at most the groups of a device go there:
+        one part travels while experts work on another. None for as many as are worth it, up to 4; 1 for all at once,
+        which it also is while experts have dropout, whose masks are drawn for all at once.
       members: M of an efficient ensemble (E3, arXiv:2110.03360): each member has E / M experts of its own and sees its
         own copy of every image. It wants a router in which tokens choose. 1 for no ensemble.
       gate: makes the gate, called as gate(D, num_experts, rngs=rngs), with noise or jitter of its own; None for the
@@ -66,11 +73,12 @@ class MoEConfig:
     implementation: Implementation | None = None
     fused: bool = False
     exchange_dtype: Literal["bfloat16"] | None = None
+    exchange_chunks: int | None = None
     members: int = 1
     gate: Callable[..., Any] | None = None
 
     def __post_init__(self):
-        for name in ("num_experts", "hidden_dim", "images_per_group", "group_size", "members"):
+        for name in ("num_experts", "hidden_dim", "images_per_group", "group_size", "exchange_chunks", "members"):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ValueError(f"MoEConfig wants {name} of at least 1; it got {value}.")
@@ -239,34 +247,85 @@ class MoEMlp(nnx.Module):
             say_once(f"Dispatch 'auto' is {method!r} for {name} in groups of {S} tokens.", logging.INFO)
         if config.fused and not isinstance(decision, Routing):
             raise ValueError("MoEConfig(fused=True) wants a router that sends tokens to slots, not a mixture.")
+        # What has dropout draws its masks for all groups of all devices at once, and so those of one device.
+        chunks = 1 if config.dropout and key is not None else _chunks(config, decision, exchange)
+        experts = self.experts
+        if chunks > 1 and experts.dtype is not None:
+            # In one dtype, gradients are added up over chunks first and then, once, over devices.
+            graph, parameters = nnx.split(experts)
+            experts = nnx.merge(graph, jax.tree.map(lambda p: p.astype(experts.dtype), parameters))
         if config.fused or method == "ragged":  # where experts are kernels, which XLA does not divide among devices
-            graph, parameters = nnx.split(self.experts)
-            through = functools.partial(_fused if config.fused else _ragged, config, graph)
+            graph, parameters = nnx.split(experts)
+            through = functools.partial(_on_device, config, chunks, graph)
             return exchange.with_experts(through, parameters, ExpertMlp.AXES, tokens, decision, key=key)
-
-        implementation = config.implementation
-        moved = _moved_as(config, self.experts, tokens)
-
-        def to_slots(tokens: Array, decision: Decision) -> Array:
-            return _slots(tokens, decision, method, implementation)
-
-        def to_tokens(outputs: Array, decision: Decision) -> Array:
-            return combine(_by_group(outputs, decision), decision, method, implementation=implementation)
-
-        slots = exchange.per_group(to_slots, tokens, decision, out_axes=1, kernels=True)  # [E, G * C, D]
-        outputs = self.experts(_named(exchange.to_experts(slots, moved), exchange), key=key)
-        outputs = _named(exchange.to_tokens(rounded(outputs, config.exchange_dtype), moved), exchange)
-        return exchange.per_group(to_tokens, outputs, decision, in_axes=(1, 0), kernels=True)
+        if chunks == 1:
+            return _with_slots(config, method, experts, exchange, key, tokens, decision)
+        pieces = exchange.per_group(functools.partial(_cut, chunks), tokens, decision, kernels=True)
+        outputs = [_with_slots(config, method, experts, exchange, key, *piece) for piece in pieces]
+        return exchange.per_group(_joined, *outputs, kernels=True)
 
 
-def _ragged(
+def _with_slots(
     config: MoEConfig,
+    method: Method,
+    experts: ExpertMlp,
+    exchange: Exchange,
+    key: PRNGKeyArray | None,
+    tokens: Float[Array, "G S D"],
+    decision: Decision,
+) -> Float[Array, "G S D"]:
+    """Dispatch, experts and combine with slots, of the groups of all devices."""
+    moved = _moved_as(config, experts, tokens)
+
+    def to_slots(tokens: Array, decision: Decision) -> Array:
+        return _slots(tokens, _whole_tiles(decision, exchange), method, config.implementation)
+
+    def to_tokens(outputs: Array, decision: Decision) -> Array:
+        tiled = _whole_tiles(decision, exchange)
+        return combine(_by_group(outputs, tiled), tiled, method, implementation=config.implementation)
+
+    slots = exchange.per_group(to_slots, tokens, decision, out_axes=1, kernels=True)  # [E, G * C, D]
+    outputs = experts(_named(exchange.to_experts(slots, moved), exchange), key=key)
+    outputs = _named(exchange.to_tokens(rounded(outputs, config.exchange_dtype), moved), exchange)
+    return exchange.per_group(to_tokens, outputs, decision, in_axes=(1, 0), kernels=True)
+
+
+def _on_device(
+    config: MoEConfig,
+    chunks: int,
     graph: nnx.GraphDef,
     parameters: nnx.State,
     carrier: Carrier,
     tokens: Float[Array, "G S D"],
     decision: Routing,
     key: PRNGKeyArray | None,
+) -> Float[Array, "G S D"]:
+    """Dispatch, experts that are kernels, and combine, on one device."""
+    experts, through = nnx.merge(graph, parameters), _fused if config.fused else _without_slots
+    return _joined(*(through(config, experts, carrier, key, *piece) for piece in _cut(chunks, tokens, decision)))
+
+
+def _cut(chunks: int, *trees: Any) -> list[Any]:
+    """The groups of a device, axis 0 of all leaves, in equal parts.
+
+    Nothing is written about what overlaps. The parts do not depend on each other, and a compiler that does not wait for
+    an exchange (`jmoe.parallel.compiler_options`) lets one travel while the experts work on another.
+    """
+    length = jax.tree.leaves(trees)[0].shape[0] // chunks
+    return [jax.tree.map(lambda x: x[i * length : (i + 1) * length], trees) for i in range(chunks)]  # noqa: B023
+
+
+def _joined(*outputs: Float[Array, "g S D"]) -> Float[Array, "G S D"]:
+    return outputs[0] if len(outputs) == 1 else jnp.concatenate(outputs)
+
+
+def _without_slots(
+    config: MoEConfig,
+    experts: ExpertMlp,
+    carrier: Carrier,
+    key: PRNGKeyArray | None,
+    tokens: Float[Array, "G S D"],
+    decision: Routing,
 ) -> Float[Array, "G S D"]:
     """Dispatch, experts and combine without slots, on one device."""
     implementation = config.implementation
@@ -275,28 +334,25 @@ def _ragged(
     # From one device to another go all its rows at most, or as many as the experts there have slots for its groups.
     slots = decision.num_experts // carrier.expert_parts * decision.token.shape[0] * decision.capacity
     limit = min(sorted_rows.rows.shape[0], slots)
-    experts = nnx.merge(graph, parameters)
     moved = _moved_as(config, experts, tokens)
     rows, sizes, back = carrier.rows_to_experts(_as(moved, sorted_rows.rows), sorted_rows.group_sizes, limit)
-    rows = carrier.to_parts(rows.astype(tokens.dtype))
+    rows = carrier.to_parts(_named(rows, carrier).astype(tokens.dtype))
     outputs = carrier.sum_parts(experts.ragged(rows, sizes, key=key, implementation=implementation))
-    outputs = back(_as(moved, rounded(outputs, config.exchange_dtype))).astype(outputs.dtype)
+    outputs = _named(back(_as(moved, rounded(outputs, config.exchange_dtype))), carrier).astype(outputs.dtype)
     return combine(outputs, decision, "ragged", implementation=implementation)
 
 
 def _fused(
     config: MoEConfig,
-    graph: nnx.GraphDef,
-    parameters: nnx.State,
+    experts: ExpertMlp,
     carrier: Carrier,
+    key: PRNGKeyArray | None,
     tokens: Float[Array, "G S D"],
     decision: Routing,
-    key: PRNGKeyArray | None,
 ) -> Float[Array, "G S D"]:
     """Dispatch, fused experts and combine, on one device; what came from another has been gathered there."""
     del key  # without dropout
     implementation = config.implementation
-    experts = nnx.merge(graph, parameters)
 
     def apply(x: Array, slots: Array, choice: Array) -> Array:
         outputs = carrier.sum_parts(experts.fused(carrier.to_parts(x), slots, choice, implementation=implementation))
@@ -304,14 +360,15 @@ def _fused(
 
     if carrier.expert_parts == 1:
         return through(tokens, decision, apply, implementation)
-    slots = _slots(tokens, decision, "gather", implementation)
+    tiled = _whole_tiles(decision, carrier)
+    slots = _slots(tokens, tiled, "gather", implementation)
     moved = _moved_as(config, experts, tokens)
-    slots = carrier.slots_to_experts(_as(moved, slots)).astype(tokens.dtype)
+    slots = _named(carrier.slots_to_experts(_as(moved, slots)), carrier).astype(tokens.dtype)
     E, N, D = slots.shape
     same = jnp.arange(E * N)  # every slot has the row of its own
     outputs = apply(slots.reshape(E * N, D), same[:, None], same).reshape(E, N, -1)
-    outputs = carrier.slots_to_tokens(_as(moved, outputs)).astype(outputs.dtype)
-    return combine(_by_group(outputs, decision), decision, "gather", implementation=implementation)
+    outputs = _named(carrier.slots_to_tokens(_as(moved, outputs)), carrier).astype(outputs.dtype)
+    return combine(_by_group(outputs, tiled), tiled, "gather", implementation=implementation)
 
 
 def _slots(
@@ -327,12 +384,44 @@ def _slots(
 def _by_group(outputs: Float[Array, "E N D"], decision: Decision) -> Float[Array, "G E C D"]:
     """Slots in the order of `_slots`, by group again."""
     E, _, D = outputs.shape
-    C = decision.capacity if isinstance(decision, Routing) else decision.combine.shape[3]
-    return outputs.reshape(E, -1, C, D).swapaxes(0, 1)
+    return outputs.reshape(E, -1, _slots_of(decision)[1], D).swapaxes(0, 1)
 
 
-def _named(x: Float[Array, "..."], exchange: Exchange) -> Float[Array, "..."]:
-    return x if exchange is ONE_DEVICE else checkpoint_name(x, EXCHANGED)
+def _chunks(config: MoEConfig, decision: Decision, exchange: Exchange) -> int:
+    """In how many parts the groups of a device go to experts on others."""
+    if exchange.expert_parts == 1:
+        return 1
+    groups, capacity = _slots_of(decision)
+    groups //= exchange.parts
+    if config.exchange_chunks is not None:
+        most = config.exchange_chunks
+    else:
+        most = min(MOST_CHUNKS, exchange.expert_parts * groups * capacity // ROWS_OF_CHUNK)
+    return max((n for n in range(1, min(most, groups) + 1) if groups % n == 0), default=1)
+
+
+def _whole_tiles(decision: Decision, carrier: Carrier | Exchange) -> Decision:
+    """The decision with so many more slots, all empty, that those of an expert fill whole tiles of a TPU's memory.
+
+    Otherwise blocks of slots, which are exchanged, do not lie as products of matrices want them, and rows are moved by
+    themselves. There is nothing to gain on one device, nor where the router has chosen how many slots it mixes.
+    """
+    if carrier.expert_parts == 1 or not isinstance(decision, Routing):
+        return decision
+    groups, C = decision.token.shape[0], decision.capacity
+    more = next(more for more in range(C, C + TILE_ROWS) if groups * more % TILE_ROWS == 0)
+    return dataclasses.replace(decision, slot=jnp.where(decision.slot < C, decision.slot, more), capacity=more)
+
+
+def _slots_of(decision: Decision) -> tuple[int, int]:
+    """Groups, and slots of an expert in each."""
+    if isinstance(decision, Routing):
+        return decision.token.shape[0], decision.capacity
+    return decision.combine.shape[0], decision.combine.shape[3]
+
+
+def _named(x: Float[Array, "..."], carrier: Carrier | Exchange) -> Float[Array, "..."]:
+    return x if carrier.expert_parts == 1 else checkpoint_name(x, EXCHANGED)
 
 
 def _as(dtype: Any, x: Float[Array, "..."]) -> Float[Array, "..."]:

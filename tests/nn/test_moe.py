@@ -374,6 +374,7 @@ def test_an_output_is_a_pytree():
         ({"num_experts": 0}, "MoEConfig wants num_experts of at least 1; it got 0."),
         ({"hidden_dim": 0}, "MoEConfig wants hidden_dim of at least 1; it got 0."),
         ({"images_per_group": 0}, "MoEConfig wants images_per_group of at least 1; it got 0."),
+        ({"exchange_chunks": 0}, "MoEConfig wants exchange_chunks of at least 1; it got 0."),
         ({"group_size": -1}, "MoEConfig wants group_size of at least 1; it got -1."),
         ({"dropout": 1.0}, "MoEConfig wants a dropout rate from 0 to below 1; it got 1.0."),
         ({"expert_init": "zero"}, "MoEConfig wants expert_init 'identical' or 'independent'; it got 'zero'."),

@@ -1,5 +1,7 @@
 """The exchange: index arithmetic against loops, and what is sent in programs compiled for TPU slices."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -12,10 +14,13 @@ from jax.sharding import NamedSharding, PartitionSpec
 from jmoe import MoEConfig, MoEMlp, TopK
 from jmoe.analysis.collectives import axes_of, collectives
 from jmoe.analysis.hlo import parse
-from jmoe.parallel import Exchange, Mesh, build, shardings, topology_devices
+from jmoe.nn.exchange import EXCHANGED, ONE_DEVICE
+from jmoe.nn.moe import MOST_CHUNKS, ROWS_OF_CHUNK, _chunks, _whole_tiles
+from jmoe.parallel import Exchange, Mesh, build, compiler_options, shardings, topology_devices
 from jmoe.parallel.exchange import _block_places, _sorted_places
 from jmoe.parallel.mesh import BATCH
 from jmoe.parallel.topology import compiling_for
+from jmoe.routing import decide, gating
 
 sizes = st.lists(st.lists(st.integers(0, 4), min_size=3, max_size=3), min_size=2, max_size=4)
 
@@ -46,7 +51,7 @@ def test_blocks_that_arrived_are_sorted_by_expert_and_then_by_device(sizes, more
     assert _sorted_places(jnp.array(sizes), limit).tolist() == expected
 
 
-def sent(topology, mesh, **options):
+def sent(topology, mesh, images=16, remat=False, **options):
     """(kind, axes) of every exchange in value and gradient of a layer, and how many bytes each of an all-to-all has."""
     devices = build(mesh, topology_devices(topology), 8)
     router = TopK(k=2, capacity_factor=1.05)
@@ -54,11 +59,17 @@ def sent(topology, mesh, **options):
     graph, state = nnx.split(nnx.eval_shape(lambda: MoEMlp(config, 128, dtype=jnp.bfloat16, rngs=nnx.Rngs(0))))
     where = shardings(state, devices)
     state = jax.tree.map(lambda a, s: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=s), state, where)
-    x = jax.ShapeDtypeStruct((16, 20, 128), jnp.float32, sharding=NamedSharding(devices, PartitionSpec(BATCH)))
+    x = jax.ShapeDtypeStruct((images, 20, 128), jnp.float32, sharding=NamedSharding(devices, PartitionSpec(BATCH)))
     exchange = Exchange(devices)
 
+    def layer(state, x):
+        return nnx.merge(graph, state)(x, key=jax.random.key(0), exchange=exchange)
+
+    if remat:
+        layer = jax.checkpoint(layer, policy=jax.checkpoint_policies.save_only_these_names(EXCHANGED))
+
     def loss(state, x):
-        output = nnx.merge(graph, state)(x, key=jax.random.key(0), exchange=exchange)
+        output = layer(state, x)
         return jnp.sum(jnp.square(output.y)) + sum(output.losses.values())
 
     with compiling_for(devices):
@@ -69,7 +80,8 @@ def sent(topology, mesh, **options):
 
 
 C = 12  # 40 tokens * 2 * 1.05 / 8 experts, rounded up to a multiple of 4
-SLOTS = 8 * 2 * C * 128 * 2  # E * G * C * D in bfloat16, of the 2 groups of a device
+TILES = 16  # slots instead of 12, such that those of one group or of two fill whole tiles
+SLOTS = 8 * 2 * TILES * 128 * 2  # E * G * C * D in bfloat16, of the 2 groups of a device
 
 
 def test_tokens_travel_four_times_in_the_dtype_of_the_experts_and_nothing_else_but_gradients_does():
@@ -77,6 +89,68 @@ def test_tokens_travel_four_times_in_the_dtype_of_the_experts_and_nothing_else_b
     assert [kind for kind in kinds if kind[0] != "all-reduce"] == [("all-to-all", ("expert",))] * 4
     assert sizes == {SLOTS}
     assert {axes for kind, axes in kinds if kind == "all-reduce"} <= {("data",), ("data", "expert")}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("remat", [False, True])
+@pytest.mark.parametrize("options", [{}, {"fused": True}])
+def test_groups_may_go_one_after_the_other_and_nothing_goes_twice(options, remat):
+    kinds, sizes = sent("v5e:2x2", Mesh(data=2, expert=2), remat=remat, exchange_chunks=2, **options)
+    assert [kind for kind in kinds if kind[0] != "all-reduce"] == [("all-to-all", ("expert",))] * 8
+    assert sizes == {SLOTS // 2}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("options", "numbers"), [({}, 0), ({"fused": True}, 0), ({"method": "ragged"}, 1)])
+def test_layers_that_are_computed_again_for_their_gradient_send_nothing_again(options, numbers):
+    (kinds, sizes), without = (
+        sent("v5e:2x2", Mesh(data=2, expert=2), remat=remat, **options) for remat in (True, False)
+    )
+    # But for how many rows come, a few integers, where that is not known before.
+    assert (kinds, sizes) == (sorted([*without[0], *[("all-to-all", ("expert",))] * numbers]), without[1])
+
+
+def test_parts_are_no_smaller_than_pays_off_and_whole_groups():
+    decision = decide(TopK(k=2, capacity_factor=1.0), gating(jax.random.normal(jax.random.key(0), (48, 256, 8))))
+    assert decision.capacity == 64
+    four, one = (Exchange(build(Mesh(expert=n), topology_devices("v5e:2x2"), 8)) for n in (4, 1))
+
+    def chunks(wanted=None, exchange=four):
+        return _chunks(MoEConfig(exchange_chunks=wanted), decision, exchange)
+
+    # Each device has 12 groups.
+    assert 4 * 12 * 64 // ROWS_OF_CHUNK == 1  # rows for an expert, of all devices
+    assert chunks() == 1
+    assert [chunks(wanted) for wanted in (1, 2, 3, 4, 5, 12, 100)] == [1, 2, 3, 4, 4, 12, 12]
+    decision = dataclasses.replace(decision, capacity=640)
+    assert chunks() == MOST_CHUNKS == 4
+    decision = dataclasses.replace(decision, capacity=128)
+    assert chunks() == 3  # not 4, nor 2
+    assert chunks(4, one) == 1
+
+
+@pytest.mark.parametrize(
+    ("groups", "capacity", "more"), [(1, 12, 16), (2, 12, 16), (4, 12, 12), (3, 16, 16), (1, 17, 32)]
+)
+def test_slots_are_added_until_those_of_an_expert_fill_whole_tiles(groups, capacity, more):
+    router = TopK(k=2, capacity_factor=None)
+    logits = jax.random.normal(jax.random.key(0), (groups, 40, 8))
+    decision = decide(router, gating(logits))
+    decision = dataclasses.replace(decision, capacity=capacity)
+    assert bool((decision.slot >= capacity).any()) == (capacity == 12)  # something is dropped
+    ours = _whole_tiles(decision, Exchange(build(Mesh(expert=2), topology_devices("v5e:2x2"), 8)))
+    assert ours.capacity == more
+    kept = np.asarray(decision.slot < capacity)
+    np.testing.assert_array_equal(np.asarray(ours.slot)[kept], np.asarray(decision.slot)[kept])
+    assert (np.asarray(ours.slot)[~kept] >= more).all()
+    assert _whole_tiles(decision, ONE_DEVICE) is decision
+
+
+def test_chips_that_exchange_compute_meanwhile_where_the_compiler_is_told():
+    pod, one = (build(Mesh(expert=n), topology_devices("v5e:2x2"), 8) for n in (4, 1))
+    assert compiler_options(pod) == {"xla_tpu_enable_async_all_to_all": "true"}
+    assert compiler_options(one) == {}
+    assert compiler_options(build(Mesh(), num_experts=8)) == {}  # of this machine, which is no TPU
 
 
 @pytest.mark.slow

@@ -116,6 +116,25 @@ def test_losses_and_gradients_are_those_of_one_device(mesh, layer):
     check_same(network(LAYERS[layer]), MESHES[mesh])
 
 
+IN_CHUNKS = {"images_per_group": 1, "exchange_chunks": 4}  # of the 8 groups that each device has
+CHUNKS = {
+    "with slots": MoEConfig(num_experts=8, router=TopK(k=2, batch_priority=True, **LOW), **IN_CHUNKS),
+    "einsum": MoEConfig(num_experts=8, router=TopK(k=2, **LOW), method="einsum", **IN_CHUNKS),
+    "without slots": MoEConfig(num_experts=8, router=TopK(k=2, **LOW), method="ragged", **IN_CHUNKS),
+    "fused": MoEConfig(num_experts=8, router=TopK(k=2, **LOW), fused=True, **IN_CHUNKS),
+    "soft": MoEConfig(num_experts=8, router=Soft(slots_per_expert=2), **IN_CHUNKS),
+    "expert choice": MoEConfig(num_experts=8, router=ExpertChoice(capacity_factor=1.5), **IN_CHUNKS),
+    "dropout": MoEConfig(num_experts=8, router=TopK(k=2, **LOW), dropout=0.3, **IN_CHUNKS),
+}
+
+
+@pytest.mark.parametrize(
+    "layer", [pytest.param(name, marks=() if name == "with slots" else pytest.mark.slow) for name in CHUNKS]
+)
+def test_groups_that_go_to_experts_in_chunks_compute_the_same(layer):
+    check_same(network(CHUNKS[layer]), Mesh(data=2, expert=2, model=2))
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("layer", MORE)
 def test_every_option_of_the_layer_computes_the_same(layer):
