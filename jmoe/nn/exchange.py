@@ -67,6 +67,16 @@ class Exchange(Protocol):
         """In how many parts the experts are divided."""
         ...
 
+    @property
+    def overlaps(self) -> bool:
+        """Whether devices compute while tokens travel."""
+        ...
+
+    @property
+    def compiler_options(self) -> dict[str, str]:
+        """Options for `jax.jit` by which they do."""
+        ...
+
     def split(self, x: Shaped[Array, "..."]) -> Shaped[Array, "..."]:
         """Says that axis 0 (images, groups) is divided among devices."""
         ...
@@ -124,6 +134,11 @@ class _OneDevice:
     """Everything is here already. It is its own carrier."""
 
     parts = expert_parts = 1
+    overlaps = False
+
+    @property
+    def compiler_options(self) -> dict[str, str]:
+        return {}
 
     def split(self, x: Any) -> Any:
         return x

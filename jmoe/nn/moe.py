@@ -51,8 +51,9 @@ class MoEConfig:
       exchange_dtype: "bfloat16" rounds tokens on their way to the experts and back, as published; None leaves them as
         they are. Combine weights and sums are float32 either way.
       exchange_chunks: where experts are on several devices, in how many parts at most the groups of a device go there:
-        one part travels while experts work on another. None for as many as are worth it, up to 4; 1 for all at once,
-        which it also is while experts have dropout, whose masks are drawn for all at once.
+        one part travels while experts work on another. None for as many as are worth it, up to 4, where the devices can
+        (`jmoe.parallel.Exchange.overlaps`); 1 for all at once, which it also is while experts have dropout, whose masks
+        are drawn for all at once.
       members: M of an efficient ensemble (E3, arXiv:2110.03360): each member has E / M experts of its own and sees its
         own copy of every image. It wants a router in which tokens choose. 1 for no ensemble.
       gate: makes the gate, called as gate(D, num_experts, rngs=rngs), with noise or jitter of its own; None for the
@@ -309,7 +310,7 @@ def _cut(chunks: int, *trees: Any) -> list[Any]:
     """The groups of a device, axis 0 of all leaves, in equal parts.
 
     Nothing is written about what overlaps. The parts do not depend on each other, and a compiler that does not wait for
-    an exchange (`jmoe.parallel.compiler_options`) lets one travel while the experts work on another.
+    an exchange (`Exchange.compiler_options`) lets one travel while the experts work on another.
     """
     length = jax.tree.leaves(trees)[0].shape[0] // chunks
     return [jax.tree.map(lambda x: x[i * length : (i + 1) * length], trees) for i in range(chunks)]  # noqa: B023
@@ -393,9 +394,10 @@ def _chunks(config: MoEConfig, decision: Decision, exchange: Exchange) -> int:
         return 1
     groups, capacity = _slots_of(decision)
     groups //= exchange.parts
+    most = 1
     if config.exchange_chunks is not None:
         most = config.exchange_chunks
-    else:
+    elif exchange.overlaps:
         most = min(MOST_CHUNKS, exchange.expert_parts * groups * capacity // ROWS_OF_CHUNK)
     return max((n for n in range(1, min(most, groups) + 1) if groups % n == 0), default=1)
 

@@ -4,7 +4,6 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 from jmoe.parallel.exchange import Exchange as Exchange
-from jmoe.parallel.exchange import compiler_options as compiler_options
 from jmoe.parallel.hosts import Hosts as Hosts
 from jmoe.parallel.hosts import current as current
 from jmoe.parallel.mesh import Mesh as Mesh

@@ -24,18 +24,6 @@ ROWS = ("data", "fsdp")  # the batch axes along which slots are divided while th
 RAGGED_CHIPS = ("TPU v4", "TPU v5", "TPU v5p", "TPU v6 lite", "TPU v6e")  # v5e refuses ragged_all_to_all, CPU lacks it
 
 
-def compiler_options(mesh: jax.sharding.Mesh) -> dict[str, str]:
-    """Options for `jax.jit` with which chips compute while tokens travel; what jmoe's own training step has.
-
-    A TPU otherwise waits for every all-to-all. GPUs do not wait, and CPUs have nothing that travels: no options.
-
-    Args:
-      mesh: that the program is compiled for.
-    """
-    on_tpu = mesh.devices.flat[0].platform == "tpu"
-    return {"xla_tpu_enable_async_all_to_all": "true"} if on_tpu and mesh.shape.get("expert", 1) > 1 else {}
-
-
 class Exchange:
     """Divides groups among the devices of a mesh, and carries tokens to their experts and back.
 
@@ -44,17 +32,29 @@ class Exchange:
 
         mesh = jmoe.parallel.build(Mesh(expert=8), num_experts=8)
         exchange = jmoe.parallel.Exchange(mesh)
-        options = jmoe.parallel.compiler_options(mesh)
+        apply = jax.jit(lambda layer, x: layer(x, exchange=exchange), compiler_options=exchange.compiler_options)
         with jax.set_mesh(mesh):
-            output = jax.jit(lambda layer, x: layer(x, exchange=exchange), compiler_options=options)(layer, x)
+            output = apply(layer, x)
+
+    Attributes:
+      mesh: that of the devices.
+      parts: in how many images and groups are divided.
+      expert_parts: in how many experts are.
+      ragged: whether rows without slots go by `ragged_all_to_all`.
+      overlaps: whether devices compute while tokens travel, for which a layer lets some groups go after others.
+      compiler_options: for `jax.jit`, what makes it so: a TPU waits for every all-to-all unless its compiler is told.
     """
 
-    def __init__(self, mesh: jax.sharding.Mesh, *, ragged: bool | None = None):
+    def __init__(self, mesh: jax.sharding.Mesh, *, ragged: bool | None = None, overlaps: bool | None = None):
         """Prepares for a mesh of `jmoe.parallel.build`.
 
         Args:
           mesh: with the axes AXES.
           ragged: whether rows without slots go by `ragged_all_to_all`; None where the devices of the mesh have it.
+          overlaps: whether devices compute while tokens travel; None where they can.
+
+        Raises:
+          ValueError: the mesh lacks one of the axes.
         """
         missing = [name for name in AXES if name not in mesh.shape]
         if missing:
@@ -65,9 +65,11 @@ class Exchange:
         self.mesh = mesh
         kind = mesh.devices.flat[0].device_kind
         self.ragged = kind in RAGGED_CHIPS if ragged is None else ragged
-
-        self.parts = batch_parts(mesh)  # of images and groups
+        self.parts = batch_parts(mesh)
         self.expert_parts = mesh.shape["expert"]
+        self.overlaps = _can_overlap(mesh) if overlaps is None else overlaps
+        on_tpu = mesh.devices.flat[0].platform == "tpu"
+        self.compiler_options = {"xla_tpu_enable_async_all_to_all": "true"} if on_tpu and self.overlaps else {}
 
     def split(self, x: Array) -> Array:
         """Says that axis 0 (images, groups) is divided among devices."""
@@ -216,6 +218,15 @@ class Exchange:
 
     def _map(self, function: Callable[..., Any], inputs: Sequence[Any], outputs: Any) -> Callable[..., Any]:
         return jax.shard_map(function, mesh=self.mesh, in_specs=tuple(inputs), out_specs=outputs)
+
+
+def _can_overlap(mesh: jax.sharding.Mesh) -> bool:
+    """Whether the compiler has an asynchronous all-to-all along `expert`; for TPUs by what libtpu 0.0.42 compiles."""
+    device, n = mesh.devices.flat[0], mesh.shape["expert"]
+    if n == 1 or device.platform not in ("tpu", "gpu"):  # nothing travels
+        return False
+    largest = 16 if device.device_kind in ("TPU v5 lite", "TPU v5e") else mesh.size  # slices of v5e that have it
+    return device.platform == "gpu" or (n <= 16 and mesh.size <= largest)
 
 
 def _varying(x: Array) -> Array:

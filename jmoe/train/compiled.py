@@ -15,7 +15,6 @@ from jmoe.nn.exchange import ONE_DEVICE, Exchange
 from jmoe.parallel import mesh as meshes
 from jmoe.parallel import rules
 from jmoe.parallel.exchange import Exchange as MeshExchange
-from jmoe.parallel.exchange import compiler_options
 from jmoe.parallel.mesh import BATCH, batch_parts
 from jmoe.paths import path_names
 from jmoe.train.checks import abstract_batch, readable
@@ -57,7 +56,7 @@ def make_program(
       config: the experiment, whose mesh says how they share the work.
       total_steps: the length of the run, for the learning rate.
       devices: all of the run, or of a topology to compile for; `jax.devices()` if None.
-      exchange: makes that of a mesh, and leaves the compiler its defaults; None for our own.
+      exchange: makes that of a mesh; None for our own.
 
     Raises:
       UserError: the mesh does not fit the devices, a batch cannot be divided among them, or the layers cannot route
@@ -83,7 +82,7 @@ def make_program(
             step,
             donate_argnums=0,
             out_shardings=(where, whole(mesh)),
-            compiler_options=compiler_options(mesh) if exchange is None else None,
+            compiler_options=carry.compiler_options,
         ),
     )
 

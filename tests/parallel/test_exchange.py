@@ -16,7 +16,7 @@ from jmoe.analysis.collectives import axes_of, collectives
 from jmoe.analysis.hlo import parse
 from jmoe.nn.exchange import EXCHANGED, ONE_DEVICE
 from jmoe.nn.moe import MOST_CHUNKS, ROWS_OF_CHUNK, _chunks, _whole_tiles
-from jmoe.parallel import Exchange, Mesh, build, compiler_options, shardings, topology_devices
+from jmoe.parallel import Exchange, Mesh, build, shardings, topology_devices
 from jmoe.parallel.exchange import _block_places, _sorted_places
 from jmoe.parallel.mesh import BATCH
 from jmoe.parallel.topology import compiling_for
@@ -146,11 +146,49 @@ def test_slots_are_added_until_those_of_an_expert_fill_whole_tiles(groups, capac
     assert _whole_tiles(decision, ONE_DEVICE) is decision
 
 
-def test_chips_that_exchange_compute_meanwhile_where_the_compiler_is_told():
-    pod, one = (build(Mesh(expert=n), topology_devices("v5e:2x2"), 8) for n in (4, 1))
-    assert compiler_options(pod) == {"xla_tpu_enable_async_all_to_all": "true"}
-    assert compiler_options(one) == {}
-    assert compiler_options(build(Mesh(), num_experts=8)) == {}  # of this machine, which is no TPU
+def test_devices_of_this_machine_and_those_that_exchange_nothing_need_no_options():
+    for mesh in (build(Mesh(), num_experts=8), build(Mesh(expert=1), topology_devices("v5e:2x2"), 8)):
+        exchange = Exchange(mesh)
+        assert (exchange.overlaps, exchange.compiler_options) == (False, {})
+    told = Exchange(build(Mesh(), topology_devices("v5e:2x2"), 8), overlaps=False)
+    assert (told.overlaps, told.compiler_options) == (False, {})
+
+
+def waits(topology, num_experts, options=None):
+    """Whether chips wait for an exchange beside which they have enough to compute."""
+    mesh = build(Mesh(), topology_devices(topology), num_experts)
+    n, exchange = mesh.shape["expert"], Exchange(mesh)
+
+    def function(x, other, w):
+        moved = jax.lax.all_to_all(x, "expert", split_axis=0, concat_axis=0, tiled=True)
+        return moved.reshape(-1, 256) @ w, jnp.tanh(jnp.tanh(other @ w) @ w) @ w
+
+    divided = PartitionSpec((*BATCH,))
+    mapped = jax.shard_map(function, mesh=mesh, in_specs=(divided, divided, PartitionSpec()), out_specs=divided)
+    shapes = [(mesh.size * n, 128, 256), (mesh.size * 8192, 256), (256, 256)]
+    with compiling_for(mesh):
+        options = exchange.compiler_options if options is None else options
+        jitted = jax.jit(mapped, compiler_options=options)
+        program = jitted.lower(*(jax.ShapeDtypeStruct(shape, jnp.bfloat16) for shape in shapes)).compile()
+    assert " all-to-all" in program.as_text()
+    return "all-to-all-start(" not in program.as_text()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("topology", "num_experts"),
+    [("v5e:4x4", 16), ("v6e:16x16", 8), ("v5p:8x8x8", 16), ("v4:4x4x4", 8), ("v5e:4x8", 8), ("v5p:4x4x4", 32)],
+)
+def test_chips_compute_while_tokens_travel_where_the_compiler_can(topology, num_experts):
+    mesh = build(Mesh(), topology_devices(topology), num_experts)
+    assert Exchange(mesh).overlaps == (topology not in ("v5e:4x8", "v5p:4x4x4"))
+    assert waits(topology, num_experts) == (not Exchange(mesh).overlaps)
+
+
+@pytest.mark.slow
+def test_a_slice_that_cannot_would_refuse_to_compile():
+    with pytest.raises(jax.errors.JaxRuntimeError, match="Async all-to-all not supported on limited ICI"):
+        waits("v5e:4x8", 8, {"xla_tpu_enable_async_all_to_all": "true"})
 
 
 @pytest.mark.slow
