@@ -94,7 +94,7 @@ def make_evaluator(
       "mask" [B], False for what fills up the last batch; it raises ValueError if there is no image.
     """
 
-    @functools.partial(jax.jit, out_shardings=devices.everywhere)
+    @functools.partial(jax.jit, out_shardings=devices.everywhere, compiler_options=devices.exchange.compiler_options)
     def count(states: Any, image: Array, label: Int[Array, " B"], mask: Bool[Array, " B"]) -> dict[str, Any]:
         output = nnx.merge(graph, *states)(scale_pixels(image), mask=mask, exchange=devices.exchange)
         one_hot = jax.nn.one_hot(label, output.logits.shape[-1])

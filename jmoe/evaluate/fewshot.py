@@ -253,7 +253,7 @@ def make_featurizer(graph: nnx.GraphDef, members: int = 1, devices: Devices = HE
       there is no image.
     """
 
-    @functools.partial(jax.jit, out_shardings=devices.everywhere)
+    @functools.partial(jax.jit, out_shardings=devices.everywhere, compiler_options=devices.exchange.compiler_options)
     def features_of(
         states: Any,
         image: UInt8[Array, "B Y X channels"] | Float[Array, "B Y X channels"],
