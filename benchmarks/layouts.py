@@ -116,26 +116,25 @@ class ReferenceExchange:
         slots = self.split(x.reshape(E, -1, C, D).swapaxes(0, 1))  # [G, E, C, D]
         return self.split(published_combine(slots, routing))
 
-    def to_experts(self, slots: Float[Array, "E N D"], dtype: Any = None) -> Float[Array, "E N D"]:
+    def to_experts(self, slots: Float[Array, "E N D"]) -> Float[Array, "E N D"]:
         """Brings slots to the devices of their experts."""
         E, N, D = slots.shape
         data, n = self.mesh.shape["data"], self.mesh.shape["expert"]
-        moved = slots if dtype is None else slots.astype(dtype)
-        view = moved.reshape(n, E // n, data, n, N // (data * n), D)  # to, expert there, replica, from, slot, D
+        view = slots.reshape(n, E // n, data, n, N // (data * n), D)  # to, expert there, replica, from, slot, D
         view = self._constrained(view.transpose(2, 3, 0, 1, 4, 5), "data", "expert")
         view = self._constrained(view.swapaxes(1, 2), "data", "expert")  # replica, to, from, expert there, slot, D
         here = view.transpose(1, 3, 0, 2, 4, 5).reshape(E, N, D)
-        return self._constrained(here, "expert", "data").astype(slots.dtype)
+        return self._constrained(here, "expert", "data")
 
-    def to_tokens(self, outputs: Float[Array, "E N D"], dtype: Any = None) -> Float[Array, "E N D"]:
+    def to_tokens(self, outputs: Float[Array, "E N D"]) -> Float[Array, "E N D"]:
         """Undoes `to_experts`."""
         E, N, D = outputs.shape
         data, n = self.mesh.shape["data"], self.mesh.shape["expert"]
-        moved = self._constrained(outputs if dtype is None else outputs.astype(dtype), "expert", "data")
-        view = moved.reshape(n, E // n, data, n, N // (data * n), D)  # here, expert here, replica, to, slot, D
+        outputs = self._constrained(outputs, "expert", "data")
+        view = outputs.reshape(n, E // n, data, n, N // (data * n), D)  # here, expert here, replica, to, slot, D
         view = self._constrained(view.transpose(2, 0, 3, 1, 4, 5), "data", "expert")
         view = self._constrained(view.swapaxes(1, 2), "data", "expert")  # replica, to, here, expert here, slot, D
-        return view.transpose(2, 3, 0, 1, 4, 5).reshape(E, N, D).astype(outputs.dtype)
+        return view.transpose(2, 3, 0, 1, 4, 5).reshape(E, N, D)
 
     def with_experts(
         self, function: Callable[..., Any], parameters: Any, axes: Mapping[str, str], *trees: Any, key: Any = None

@@ -13,6 +13,14 @@ MANY_TOKENS = 256  # 224 pixels in patches of 16 are 197
 def attention(D: int, num_heads: int, *, qk_norm: bool = False, dtype=None, rngs: nnx.Rngs) -> nnx.MultiHeadAttention:
     """Multi-head attention of width D, Xavier-uniform, optionally with layer-normalised queries and keys (2302.05442).
 
+    Args:
+      D: model width.
+      num_heads: H, a divisor of D.
+      qk_norm: whether queries and keys are normalised.
+      dtype: of the computation, that of the tokens if None; also of the logits of more than MANY_TOKENS tokens, which
+        for fewer are float32.
+      rngs: its stream "params" is used.
+
     Raises:
       ValueError: num_heads does not divide D.
     """
@@ -37,9 +45,10 @@ def _attend(
     """Attention by one of the two functions that Flax has for it.
 
     That of NNX has logits in float32. Of many tokens they would be most of a step's memory, and moving them most of its
-    time: there it is that of Linen, as in the published models, which has them in the dtype of the computation.
+    time: there it is that of Linen, which has them in the dtype of the computation, if it can do what is asked for.
     """
-    if key.shape[1] <= MANY_TOKENS:
+    more = options.get("is_causal") or options.get("module") is not None or options.get("dropout_rate")
+    if key.shape[1] <= MANY_TOKENS or more:
         return nnx.dot_product_attention(query, key, value, **options)
     own = {name: options[name] for name in ("mask", "deterministic", "dtype", "precision")}
     return linen.dot_product_attention(query, key, value, **own)

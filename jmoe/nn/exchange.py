@@ -44,6 +44,10 @@ class Carrier(Protocol):
         """
         ...
 
+    def key_of_part(self, key: PRNGKeyArray) -> PRNGKeyArray:
+        """Of devices that share the hidden units, each its own."""
+        ...
+
     def to_parts(self, rows: Float[Array, "..."]) -> Float[Array, "..."]:
         """Gives the same rows to all devices that share the hidden units; must come before the experts."""
         ...
@@ -100,11 +104,11 @@ class Exchange(Protocol):
         """
         ...
 
-    def to_experts(self, slots: Float[Array, "E N D"], dtype: Any = None) -> Float[Array, "E N D"]:
-        """Brings slots, which lie with their tokens, to the devices of their experts; moved as dtype where given."""
+    def to_experts(self, slots: Float[Array, "E N D"]) -> Float[Array, "E N D"]:
+        """Brings slots, which lie with their tokens, to the devices of their experts."""
         ...
 
-    def to_tokens(self, outputs: Float[Array, "E N D"], dtype: Any = None) -> Float[Array, "E N D"]:
+    def to_tokens(self, outputs: Float[Array, "E N D"]) -> Float[Array, "E N D"]:
         """Undoes `to_experts`."""
         ...
 
@@ -147,12 +151,10 @@ class _OneDevice:
         del options
         return function(*trees)
 
-    def to_experts(self, slots: Any, dtype: Any = None) -> Any:
-        del dtype
+    def to_experts(self, slots: Any) -> Any:
         return slots
 
-    def to_tokens(self, outputs: Any, dtype: Any = None) -> Any:
-        del dtype
+    def to_tokens(self, outputs: Any) -> Any:
         return outputs
 
     def with_experts(
@@ -170,6 +172,9 @@ class _OneDevice:
     def rows_to_experts(self, rows: Any, group_sizes: Any, limit: int) -> Any:
         del limit
         return rows, group_sizes, lambda outputs: outputs
+
+    def key_of_part(self, key: Any) -> Any:
+        return key
 
     def to_parts(self, rows: Any) -> Any:
         return rows

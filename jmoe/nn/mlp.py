@@ -96,15 +96,16 @@ class ExpertMlp(nnx.Module):
         rows: Float[Array, "N D"],
         group_sizes: Int[Array, " E"],
         *,
-        key: PRNGKeyArray | None = None,
+        keys: tuple[PRNGKeyArray, PRNGKeyArray] | None = None,
         implementation: str | None = None,
     ) -> Float[Array, "N D"]:
         """Applies each expert to its rows of a list sorted by expert; rows of no expert come out zero.
 
-        Dropout masks are drawn per row: with dropout on, this form equals the other in distribution only.
+        Dropout is on where keys are given, one for hidden units and one for outputs. Its masks are drawn per row: with
+        it, this form equals the other in distribution only.
         """
         dtype = self.dtype or rows.dtype
-        keys = (None, None) if key is None else jax.random.split(key)
+        keys = keys or (None, None)
         w_in, b_in, w_out, b_out = (p[...].astype(dtype) for p in (self.w_in, self.b_in, self.w_out, self.b_out))
         multiply = functools.partial(grouped_matmul, group_sizes=group_sizes, implementation=implementation)
         hidden = drop(multiply(rows.astype(dtype), w_in, bias=b_in, activation="gelu"), self.dropout, keys[0])

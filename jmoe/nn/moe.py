@@ -22,9 +22,9 @@ from jmoe.notation import Array, Bool, Float, PRNGKeyArray
 from jmoe.routing import Decision, ExpertChoice, Loss, Router, Routing, Soft, TopK, decide, routing_metrics
 from jmoe.routing.members import interleave_members, separate_members
 
-TILE_ROWS = 16  # of bfloat16 in a tile of a TPU's memory, two of float32
-MOST_CHUNKS = 4  # of what goes to experts on other devices, as each chunk adds to the gradient of the experts
-ROWS_OF_CHUNK = 2048  # of each expert at least, so that its products stay bound by arithmetic
+TILE_ROWS = 16  # a tile of a TPU's memory has 16 rows of bfloat16, or 8 of float32
+MOST_CHUNKS = 4  # each reads and writes the gradient of the experts once more
+ROWS_OF_CHUNK = 2048  # of each expert: with fewer, reading its weights takes longer than multiplying by them
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -50,8 +50,9 @@ class MoEConfig:
         computes it again. For method "gather" and experts without dropout.
       exchange_dtype: "bfloat16" rounds tokens on their way to the experts and back, as published; None leaves them as
         they are. Combine weights and sums are float32 either way.
-      exchange_chunks: where experts are on several devices, in how many parts at most the groups of a device go there:
-        one part travels while experts work on another. None for as many as are worth it, up to 4, where the devices can
+      exchange_chunks: where experts are on several devices, in how many parts at most the groups of a device go there,
+        equal ones of whole groups: one part travels while experts work on another (the pipelining degree of Tutel,
+        arXiv:2206.03382). None for as many as are worth it, up to 4, where the devices can
         (`jmoe.parallel.Exchange.overlaps`); 1 for all at once, which it also is while experts have dropout, whose masks
         are drawn for all at once.
       members: M of an efficient ensemble (E3, arXiv:2110.03360): each member has E / M experts of its own and sees its
@@ -248,13 +249,14 @@ class MoEMlp(nnx.Module):
             say_once(f"Dispatch 'auto' is {method!r} for {name} in groups of {S} tokens.", logging.INFO)
         if config.fused and not isinstance(decision, Routing):
             raise ValueError("MoEConfig(fused=True) wants a router that sends tokens to slots, not a mixture.")
-        # What has dropout draws its masks for all groups of all devices at once, and so those of one device.
-        chunks = 1 if config.dropout and key is not None else _chunks(config, decision, exchange)
-        experts = self.experts
-        if chunks > 1 and experts.dtype is not None:
-            # In one dtype, gradients are added up over chunks first and then, once, over devices.
+        experts, drops = self.experts, config.dropout > 0 and key is not None
+        # Masks of dropout are drawn for all slots together, such that they are those of one device.
+        chunks = 1 if drops else _chunks(config, decision, exchange)
+        if chunks > 1:
+            # Cast once, not in every chunk: gradients of chunks are then added up before those of devices, not after.
             graph, parameters = nnx.split(experts)
-            experts = nnx.merge(graph, jax.tree.map(lambda p: p.astype(experts.dtype), parameters))
+            dtype = experts.dtype or tokens.dtype
+            experts = nnx.merge(graph, jax.tree.map(lambda p: p.astype(dtype), parameters))
         if config.fused or method == "ragged":  # where experts are kernels, which XLA does not divide among devices
             graph, parameters = nnx.split(experts)
             through = functools.partial(_on_device, config, chunks, graph)
@@ -276,18 +278,22 @@ def _with_slots(
     decision: Decision,
 ) -> Float[Array, "G S D"]:
     """Dispatch, experts and combine with slots, of the groups of all devices."""
-    moved = _moved_as(config, experts, tokens)
+    moved, drops = _moved_as(config, experts, tokens), config.dropout > 0 and key is not None
+
+    def slotted(decision: Decision) -> Decision:
+        return decision if drops else _whole_tiles(decision, exchange)
 
     def to_slots(tokens: Array, decision: Decision) -> Array:
-        return _slots(tokens, _whole_tiles(decision, exchange), method, config.implementation)
+        return _slots(tokens, slotted(decision), method, config.implementation)
 
     def to_tokens(outputs: Array, decision: Decision) -> Array:
-        tiled = _whole_tiles(decision, exchange)
-        return combine(_by_group(outputs, tiled), tiled, method, implementation=config.implementation)
+        decision = slotted(decision)
+        return combine(_by_group(outputs, decision), decision, method, implementation=config.implementation)
 
     slots = exchange.per_group(to_slots, tokens, decision, out_axes=1, kernels=True)  # [E, G * C, D]
-    outputs = experts(_named(exchange.to_experts(slots, moved), exchange), key=key)
-    outputs = _named(exchange.to_tokens(rounded(outputs, config.exchange_dtype), moved), exchange)
+    slots = _named(exchange.to_experts(_as(moved, slots)), exchange).astype(slots.dtype)
+    outputs = rounded(experts(slots, key=key), config.exchange_dtype)
+    outputs = _named(exchange.to_tokens(_as(moved, outputs)), exchange).astype(outputs.dtype)
     return exchange.per_group(to_tokens, outputs, decision, in_axes=(1, 0), kernels=True)
 
 
@@ -309,8 +315,8 @@ def _on_device(
 def _cut(chunks: int, *trees: Any) -> list[Any]:
     """The groups of a device, axis 0 of all leaves, in equal parts.
 
-    Nothing is written about what overlaps. The parts do not depend on each other, and a compiler that does not wait for
-    an exchange (`Exchange.compiler_options`) lets one travel while the experts work on another.
+    What overlaps is left to the compiler: parts do not depend on each other, so that one can travel while the experts
+    work on another, if the compiler does not wait for an exchange (`Exchange.compiler_options`).
     """
     length = jax.tree.leaves(trees)[0].shape[0] // chunks
     return [jax.tree.map(lambda x: x[i * length : (i + 1) * length], trees) for i in range(chunks)]  # noqa: B023
@@ -338,7 +344,12 @@ def _without_slots(
     moved = _moved_as(config, experts, tokens)
     rows, sizes, back = carrier.rows_to_experts(_as(moved, sorted_rows.rows), sorted_rows.group_sizes, limit)
     rows = carrier.to_parts(_named(rows, carrier).astype(tokens.dtype))
-    outputs = carrier.sum_parts(experts.ragged(rows, sizes, key=key, implementation=implementation))
+    if key is not None:  # what parts of the hidden units drop is independent, but they are to drop the same outputs
+        hidden_key, output_key = jax.random.split(key)
+        keys = carrier.key_of_part(hidden_key), output_key
+    else:
+        keys = None
+    outputs = carrier.sum_parts(experts.ragged(rows, sizes, keys=keys, implementation=implementation))
     outputs = _named(back(_as(moved, rounded(outputs, config.exchange_dtype))), carrier).astype(outputs.dtype)
     return combine(outputs, decision, "ragged", implementation=implementation)
 
@@ -392,13 +403,15 @@ def _chunks(config: MoEConfig, decision: Decision, exchange: Exchange) -> int:
     """In how many parts the groups of a device go to experts on others."""
     if exchange.expert_parts == 1:
         return 1
-    groups, capacity = _slots_of(decision)
+    groups, rows = _slots_of(decision)
+    if isinstance(decision, Routing):  # the slots of dropless layers are mostly empty
+        rows = min(rows, math.ceil(decision.token.shape[1] / decision.num_experts))
     groups //= exchange.parts
     most = 1
     if config.exchange_chunks is not None:
         most = config.exchange_chunks
     elif exchange.overlaps:
-        most = min(MOST_CHUNKS, exchange.expert_parts * groups * capacity // ROWS_OF_CHUNK)
+        most = min(MOST_CHUNKS, exchange.expert_parts * groups * rows // ROWS_OF_CHUNK)
     return max((n for n in range(1, min(most, groups) + 1) if groups % n == 0), default=1)
 
 
@@ -406,13 +419,16 @@ def _whole_tiles(decision: Decision, carrier: Carrier | Exchange) -> Decision:
     """The decision with so many more slots, all empty, that those of an expert fill whole tiles of a TPU's memory.
 
     Otherwise blocks of slots, which are exchanged, do not lie as products of matrices want them, and rows are moved by
-    themselves. There is nothing to gain on one device, nor where the router has chosen how many slots it mixes.
+    themselves. There is nothing to gain on one device, nor where that would be more than a third of the slots; and how
+    many slots are mixed is for the router to say.
     """
     if carrier.expert_parts == 1 or not isinstance(decision, Routing):
         return decision
     groups, C = decision.token.shape[0], decision.capacity
-    more = next(more for more in range(C, C + TILE_ROWS) if groups * more % TILE_ROWS == 0)
-    return dataclasses.replace(decision, slot=jnp.where(decision.slot < C, decision.slot, more), capacity=more)
+    tiled = next(slots for slots in range(C, C + TILE_ROWS) if groups * slots % TILE_ROWS == 0)
+    if 3 * tiled > 4 * C:
+        return decision
+    return dataclasses.replace(decision, slot=jnp.where(decision.slot < C, decision.slot, tiled), capacity=tiled)
 
 
 def _slots_of(decision: Decision) -> tuple[int, int]:

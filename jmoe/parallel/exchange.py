@@ -15,13 +15,15 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import NamedSharding, PartitionSpec
 
-from jmoe.notation import Array, Float, Int
+from jmoe.notation import Array, Float, Int, PRNGKeyArray
 from jmoe.parallel.mesh import AXES, BATCH, batch_parts
 from jmoe.paths import path_names
 from kernels_pallas import gather_rows
 
 ROWS = ("data", "fsdp")  # the batch axes along which slots are divided while they are with their experts
 RAGGED_CHIPS = ("TPU v4", "TPU v5", "TPU v5p", "TPU v6 lite", "TPU v6e")  # v5e refuses ragged_all_to_all, CPU lacks it
+
+ASYNCHRONOUS = 16  # the most chips of an asynchronous all-to-all
 
 
 class Exchange:
@@ -103,23 +105,17 @@ class Exchange:
         )
         return mapped(*trees)
 
-    def to_experts(self, slots: Float[Array, "E N D"], dtype: Any = None) -> Float[Array, "E N D"]:
-        """Brings slots, which lie with their tokens, to the devices of their experts; moved as dtype where given."""
-        move = self._map(
-            lambda s: _cast(self.slots_to_experts, s, dtype),
-            [PartitionSpec(None, BATCH)],
-            PartitionSpec("expert", ROWS),
-        )
-        return move(slots)
+    def to_experts(self, slots: Float[Array, "E N D"]) -> Float[Array, "E N D"]:
+        """Brings slots, which lie with their tokens, to the devices of their experts.
 
-    def to_tokens(self, outputs: Float[Array, "E N D"], dtype: Any = None) -> Float[Array, "E N D"]:
+        N counts the slots of all devices along the batch axes, one device after the other; in the result each device
+        has those of its experts that came from the devices it shares the axes ROWS with.
+        """
+        return self._map(self.slots_to_experts, [PartitionSpec(None, BATCH)], PartitionSpec("expert", ROWS))(slots)
+
+    def to_tokens(self, outputs: Float[Array, "E N D"]) -> Float[Array, "E N D"]:
         """Undoes `to_experts`."""
-        move = self._map(
-            lambda s: _cast(self.slots_to_tokens, s, dtype),
-            [PartitionSpec("expert", ROWS)],
-            PartitionSpec(None, BATCH),
-        )
-        return move(outputs)
+        return self._map(self.slots_to_tokens, [PartitionSpec("expert", ROWS)], PartitionSpec(None, BATCH))(outputs)
 
     def with_experts(
         self, function: Callable[..., Any], parameters: Any, axes: Mapping[str, str], *trees: Any, key: Any = None
@@ -189,6 +185,10 @@ class Exchange:
 
         return ours, jnp.sum(received, axis=0), back
 
+    def key_of_part(self, key: PRNGKeyArray) -> PRNGKeyArray:
+        """Of devices that share the hidden units, each its own."""
+        return jax.random.fold_in(key, jax.lax.axis_index("model")) if self.mesh.shape["model"] > 1 else key
+
     def to_parts(self, rows: Float[Array, "..."]) -> Float[Array, "..."]:
         """Gives the same rows to all devices that share the hidden units; must come before the experts."""
         return _varying(rows)
@@ -221,22 +221,20 @@ class Exchange:
 
 
 def _can_overlap(mesh: jax.sharding.Mesh) -> bool:
-    """Whether the compiler has an asynchronous all-to-all along `expert`; for TPUs by what libtpu 0.0.42 compiles."""
+    """Whether the compiler has an asynchronous all-to-all along `expert`: by what libtpu 0.0.42 to 0.0.52 compiles.
+
+    It has none over more than 16 chips, where it waits all the same, and none on slices of v5e of more than 16 chips,
+    where it refuses to compile. What GPUs do meanwhile has not been measured.
+    """
     device, n = mesh.devices.flat[0], mesh.shape["expert"]
-    if n == 1 or device.platform not in ("tpu", "gpu"):  # nothing travels
+    if device.platform != "tpu" or not 1 < n <= ASYNCHRONOUS:
         return False
-    largest = 16 if device.device_kind in ("TPU v5 lite", "TPU v5e") else mesh.size  # slices of v5e that have it
-    return device.platform == "gpu" or (n <= 16 and mesh.size <= largest)
+    return device.device_kind not in ("TPU v5 lite", "TPU v5e") or mesh.size <= ASYNCHRONOUS
 
 
 def _varying(x: Array) -> Array:
     """The same array, which JAX now takes to differ between all devices; its gradient is summed over them."""
     return jax.lax.pcast(x, tuple(set(AXES) - jax.typeof(x).manual_axis_type.varying), to="varying")
-
-
-def _cast(move: Callable[[Array], Array], x: Array, dtype: Any) -> Array:
-    """Moves x as dtype; what was rounded to it before loses nothing."""
-    return move(x) if dtype is None else move(x.astype(dtype)).astype(x.dtype)
 
 
 def _block_places(sizes: Int[Array, " n"], num_rows: int, limit: int) -> Int[Array, " N"]:

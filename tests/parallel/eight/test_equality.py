@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from jmoe import Balance, ExpertChoice, Importance, Load, MoEConfig, Soft, Switch, TopK, Transport
+from jmoe import Balance, ExpertChoice, Importance, Load, MoEConfig, MoEMlp, Soft, Switch, TopK, Transport
 from jmoe.models.vit import VisionTransformer, ViTConfig
 from jmoe.nn.ensemble import task_loss
 from jmoe.parallel import Exchange, Mesh, build, shardings
@@ -128,6 +128,22 @@ CHUNKS = {
 }
 
 
+def test_parts_of_the_hidden_units_drop_theirs_independently():
+    """Of rows without slots, whose masks are drawn on each device."""
+    devices = build(Mesh(data=4, model=2), num_experts=1)
+    config = MoEConfig(num_experts=1, router=TopK(k=1, capacity_factor=None), method="ragged", dropout=0.5)
+    layer = MoEMlp(dataclasses.replace(config, hidden_dim=64, images_per_group=1), 8, rngs=nnx.Rngs(0))
+    # A hidden unit is 1 or dropped, and its output is its number in binary.
+    w_out = jnp.zeros((1, 64, 8)).at[0, jnp.array([0, 32]), jnp.array([0, 1])].set(1.0)
+    layer.experts.w_in[...], layer.experts.b_in[...] = jnp.zeros((1, 8, 64)), jnp.full((1, 64), 10.0)
+    layer.experts.w_out[...], layer.experts.b_out[...] = w_out, jnp.zeros((1, 8))
+    with jax.set_mesh(devices):
+        x = jax.device_put(jnp.ones((8, 500, 8)), jax.NamedSharding(devices, jax.P(("data", "fsdp", "expert"))))
+        y = jax.jit(lambda x: layer(x, key=jax.random.key(0), exchange=Exchange(devices)).y)(x)
+    both = np.asarray((y[..., 0] != 0) & (y[..., 1] != 0)).mean()
+    assert abs(both - 0.5**4) < 0.02  # two hidden units and two outputs; 0.5^3 if the units were dropped together
+
+
 @pytest.mark.parametrize(
     "layer", [pytest.param(name, marks=() if name == "with slots" else pytest.mark.slow) for name in CHUNKS]
 )
@@ -135,8 +151,9 @@ def test_groups_that_go_to_experts_in_chunks_compute_the_same(layer):
     check_same(network(CHUNKS[layer]), Mesh(data=2, expert=2, model=2))
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("layer", MORE)
+@pytest.mark.parametrize(
+    "layer", [pytest.param(name, marks=() if name == "expert dropout" else pytest.mark.slow) for name in MORE]
+)
 def test_every_option_of_the_layer_computes_the_same(layer):
     # What is a rounding error apart can be rounded to bfloat16 the other way: 2^-9 of one entry of many.
     check_same(network(MORE[layer]), Mesh(data=2, expert=2, model=2), 2e-3 if "bfloat16" in layer else 1e-5)
