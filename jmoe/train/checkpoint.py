@@ -160,7 +160,8 @@ class Checkpointer:
         Raises:
           UnreadableCheckpointError: a file is damaged or missing; the message names it.
           UserError: there is no such checkpoint, or the names, shapes or dtypes are not those of `abstract_state`; the
-            message names the arrays that differ. Or the processes do not see the same files.
+            message names the arrays that differ. Or the processes do not see the same files, or one could not read
+            what is not known to be damaged, for want of memory or because of its storage.
         """
         self.wait()
         path = self.directory / str(step)
@@ -182,7 +183,8 @@ class Checkpointer:
         Arguments as in `restore`.
 
         Raises:
-          UserError: there is no checkpoint, none is sound, or the last sound one is of another model.
+          UserError: there is no checkpoint, none is sound, or the last sound one is of another model or could not be
+            read here.
         """
         self.wait()
         problems = []
@@ -328,7 +330,7 @@ class Checkpointer:
             kinds = {name: leaf.get("key") for name, leaf in content["leaves"].items()}
             return self._arrays.read(path / _STATE, wanted, kinds)
         except Exception as error:
-            raise UnreadableCheckpointError(f"Checkpoint {path} cannot be read: {reason(error)}.") from error
+            raise manifest.unread(f"Checkpoint {path} is sound, but", error) from error
 
     # Agreeing
 
@@ -384,7 +386,7 @@ def peek(directory: str | os.PathLike) -> dict:
       A dict with "step", "metadata" as saved, and "leaves": {name: {"shape": [...], "dtype": "float32"}}.
 
     Raises:
-      UserError: there is none.
+      UserError: there is none, or the last one could not be read here.
     """
     for step in reversed(_complete(pathlib.Path(directory))):
         try:

@@ -28,7 +28,12 @@ _DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACC
 
 
 class UnreadableCheckpointError(UserError):
-    """A checkpoint that is damaged or cannot be read, as opposed to a sound one of another model."""
+    """A checkpoint that is damaged, as opposed to a sound one that is of another model or could not be read here."""
+
+
+def unread(what: str, error: BaseException) -> UserError:
+    """Says that something could not be read here, which is no sign that it is damaged: a later try may succeed."""
+    return UserError(f"{what} could not be read here: {reason(error)}; mend that and run the same command again.")
 
 
 def write(path: pathlib.Path, content: dict, known: Mapping[str, dict] | None = None) -> None:
@@ -90,9 +95,12 @@ def read(path: pathlib.Path) -> dict:
 
     Raises:
       UnreadableCheckpointError: it is missing, or not what was written.
-      UserError: it has a newer format.
+      UserError: it has a newer format, or could not be read here.
     """
-    manifest = _unseal(path / NAME)
+    try:
+        manifest = _unseal(path / NAME)
+    except OSError as error:
+        raise unread(f"The {NAME} of checkpoint {path}", error) from error
     if manifest is None:
         raise UnreadableCheckpointError(f"Checkpoint {path} is damaged: its {NAME} is not what was written.")
     if manifest["format"] != FORMAT:
@@ -103,7 +111,7 @@ def read(path: pathlib.Path) -> dict:
 def check_files(path: pathlib.Path, manifest: dict, *, process: int = 0, processes: int = 1) -> None:
     """Raises UnreadableCheckpointError, naming the file, unless every file is what was written.
 
-    When several processes check a checkpoint, each looks whether all files are there and as long as they should be, and
+    A file that could not be read here is another UserError. When several processes check a checkpoint, each looks whether all files are there and as long as they should be, and
     reads the `share` of them that is its own.
     """
     files = manifest["files"]
@@ -119,7 +127,7 @@ def check_files(path: pathlib.Path, manifest: dict, *, process: int = 0, process
         except FileNotFoundError:
             return "is missing"
         except OSError as error:
-            return f"cannot be read ({reason(error)})"
+            raise unread(f"File {name} of checkpoint {path}", error) from error
         return None
 
     for name, wrong in _for_each(problem, files).items():
@@ -200,11 +208,11 @@ def _seal(file: pathlib.Path, content: dict) -> None:
 
 
 def _unseal(file: pathlib.Path) -> dict | None:
-    """What `_seal` wrote, or None if the file is not that."""
+    """What `_seal` wrote, or None if the file is missing or not that; raises OSError if it could not be read."""
     try:
         document = json.loads(file.read_bytes())
         return document["manifest"] if document["sha256"] == digest(document["manifest"]) else None
-    except (OSError, ValueError, LookupError, TypeError, RecursionError):
+    except (FileNotFoundError, ValueError, LookupError, TypeError, RecursionError):
         return None
 
 

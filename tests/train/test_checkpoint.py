@@ -360,6 +360,20 @@ def test_a_damaged_checkpoint_never_pushes_out_a_good_one(copy):
         assert checkpointer.restore_latest(abstract(state()))[2] == 15
 
 
+def test_a_sound_checkpoint_that_cannot_be_read_here_stops_the_run_and_is_kept(copy, monkeypatch):
+    def out_of_memory(*_):
+        raise MemoryError("RESOURCE_EXHAUSTED: 5 bytes")
+
+    with Checkpointer(copy) as checkpointer:
+        monkeypatch.setattr(checkpointer._arrays, "read", out_of_memory)
+        message = r"20 is sound, but could not be read here: RESOURCE_EXHAUSTED: 5 bytes; mend that and run the same"
+        with pytest.raises(UserError, match=message):
+            checkpointer.restore_latest(abstract(state()))
+        monkeypatch.undo()
+        checkpointer.save(30, state(30), {}, wait=True)
+        assert checkpointer.steps() == [10, 20, 30]
+
+
 def damage(file, rng):
     """Flips a bit, cuts the file, overwrites a piece or appends something."""
     data = bytearray(file.read_bytes())

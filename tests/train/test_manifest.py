@@ -2,6 +2,7 @@ import contextlib
 import errno
 import json
 import os
+import sys
 
 import jax.numpy as jnp
 import pytest
@@ -61,6 +62,17 @@ def test_anything_else_in_its_place_is_refused(folder, text):
     (folder / manifest.NAME).write_text(text)
     with pytest.raises(UnreadableCheckpointError, match=r"its jmoe_manifest\.json is not what was written"):
         manifest.read(folder)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="it needs a file that gives an input/output error")
+@pytest.mark.parametrize("name", [manifest.NAME, "b"])
+def test_what_could_not_be_read_is_not_called_damaged(folder, name):
+    content = manifest.read(folder)
+    (folder / name).unlink()
+    (folder / name).symlink_to("/proc/self/mem")  # of 0 bytes, as b is, and reading it fails
+    with pytest.raises(UserError, match=rf"{name} of checkpoint .* could not be read here: Input/output") as error:
+        manifest.check_files(folder, content if name == "b" else manifest.read(folder))
+    assert not isinstance(error.value, UnreadableCheckpointError)
 
 
 def test_a_newer_format_is_refused(folder, monkeypatch):
