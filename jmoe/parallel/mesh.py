@@ -27,7 +27,7 @@ class Mesh:
     Attributes:
       data: copies of all parameters but those of the axes below; None for all devices that these leave.
       expert: parts of the experts, a divisor of num_experts. Tokens travel to their experts along this axis. None for
-        as many as divide num_experts and the devices that there are.
+        as many as divide num_experts and the devices that there are; of several slices, those of one.
       fsdp: parts in which parameters and the optimizer's state are kept; a layer's are brought together when it runs
         (fully sharded data parallel, ZeRO-3, arXiv:1910.02054).
       model: parts of each matrix multiply: the heads of attention, the hidden units of perceptrons, the classes
@@ -52,36 +52,43 @@ class Mesh:
         return f"Mesh({', '.join(f'{name}={value}' for name, value in shown.items())})"
 
 
-def resolve(mesh: Mesh, num_devices: int, num_experts: int | None = None) -> Mesh:
+def resolve(mesh: Mesh, num_devices: int, num_experts: int | None = None, num_slices: int = 1) -> Mesh:
     """Returns the mesh with a number for every axis.
 
     Args:
       mesh: as asked for.
       num_devices: of all processes together.
       num_experts: E of the sparse layers; None for a dense model.
+      num_slices: of TPUs, over which the devices are spread evenly. Only the data axis goes from slice to slice.
 
     Raises:
-      UserError: the axes do not multiply to the devices, or expert does not divide num_experts; the message has the
-        nearest mesh that does.
+      UserError: the axes do not multiply to the devices, expert does not divide num_experts, or the slices do not
+        divide data; the message has the nearest mesh that can be.
     """
     E = num_experts or 1
     if mesh.expert is not None and E % mesh.expert:
         which = f"num_experts={E}" if num_experts else "a model without experts"
-        nearest = _nearest(mesh, num_devices, E)
+        nearest = _nearest(mesh, num_devices, E, num_slices)
         raise UserError(f"{mesh} divides the experts by {mesh.expert}, which {which} does not allow: {nearest}")
     left, remainder = divmod(num_devices, mesh.fsdp * mesh.model * (mesh.expert or 1) * (mesh.data or 1))
     if remainder == 0:
-        expert = mesh.expert or math.gcd(E, left)
+        expert = mesh.expert or math.gcd(E, left if mesh.data else max(1, left // num_slices))
         left //= 1 if mesh.expert else expert
         data = mesh.data or left
         left //= 1 if mesh.data else data
+        if left == 1 and data % num_slices:
+            nearest = _nearest(mesh, num_devices, E, num_slices)
+            raise UserError(
+                f"{mesh} makes data={data} of {num_slices} slices, and data must be a multiple of them, because only "
+                f"gradients go from slice to slice: {nearest}"
+            )
         if left == 1:
             return dataclasses.replace(mesh, data=data, expert=expert)
     needed = math.prod(getattr(mesh, name) or 1 for name in AXES)
     count = f"{needed} devices" if None not in (mesh.data, mesh.expert) else f"a multiple of {needed} devices"
     raise UserError(
         f"{mesh} is for {count}; there {'is' if num_devices == 1 else 'are'} {num_devices}: "
-        f"{_nearest(mesh, num_devices, E)}"
+        f"{_nearest(mesh, num_devices, E, num_slices)}"
     )
 
 
@@ -94,25 +101,42 @@ def build(mesh: Mesh, devices: Sequence[Any] | None = None, num_experts: int | N
       num_experts: E of the sparse layers; None for a dense model.
 
     Raises:
-      UserError: as `resolve`.
+      UserError: as `resolve`, or slices of several sizes.
     """
+    devices = list(jax.devices() if devices is None else devices)
+    slices = _slices(devices)
+    resolved = resolve(mesh, len(devices), num_experts, len(slices))
+    shape = tuple(getattr(resolved, name) for name in AXES)
+    inner = (shape[0] // len(slices), *shape[1:])  # between slices the network is slow: only gradients go over it
+    grid = np.concatenate([_laid_out(inner, members) for members in slices])
+    return jax.sharding.Mesh(grid, AXES, axis_types=(AxisType.Auto,) * len(AXES))
+
+
+def _slices(devices: Sequence[Any]) -> list[list[Any]]:
+    """The devices of each TPU slice; others, such as GPUs of several hosts, count as one slice.
+
+    Raises:
+      UserError: the slices are not of one size.
+    """
+    by_slice: dict[int, list[Any]] = {}
+    for device in devices:
+        number = getattr(device, "slice_index", 0) if device.platform == "tpu" else 0
+        by_slice.setdefault(number, []).append(device)
+    slices = [by_slice[number] for number in sorted(by_slice)]
+    sizes = sorted({len(members) for members in slices})
+    if len(sizes) > 1:
+        raise UserError(f"A mesh wants slices of one size; there are some of {sizes[0]} and some of {sizes[-1]} chips.")
+    return slices
+
+
+def _laid_out(shape: tuple[int, ...], devices: Sequence[Any]) -> np.ndarray:
+    """The devices of one slice along the axes AXES."""
     from jax.experimental import mesh_utils
 
-    devices = list(jax.devices() if devices is None else devices)
-    resolved = resolve(mesh, len(devices), num_experts)
-    shape = tuple(getattr(resolved, name) for name in AXES)
-    slices = len({getattr(device, "slice_index", 0) for device in devices})
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # JAX's own about layouts that are not the best it knows
-        if slices > 1 and shape[0] % slices == 0:  # between slices the network is slow: only gradients go over it
-            inner = (shape[0] // slices, *shape[1:])
-            grid = mesh_utils.create_hybrid_device_mesh(
-                inner, (slices, 1, 1, 1), devices, allow_split_physical_axes=True
-            )
-        else:
-            grid = mesh_utils.create_device_mesh(shape, devices, allow_split_physical_axes=True)
-            grid = _in_blocks(shape, devices, np.asarray(grid))
-    return jax.sharding.Mesh(np.asarray(grid), AXES, axis_types=(AxisType.Auto,) * len(AXES))
+        grid = mesh_utils.create_device_mesh(shape, devices, allow_split_physical_axes=True)
+    return _in_blocks(shape, devices, np.asarray(grid))
 
 
 def _in_blocks(shape: tuple[int, ...], devices: Sequence[Any], grid: np.ndarray) -> np.ndarray:
@@ -204,7 +228,7 @@ def possible(
             yield Mesh(data=num_devices // (expert * f * m), expert=expert, fsdp=f, model=m)
 
 
-def _nearest(mesh: Mesh, num_devices: int, num_experts: int) -> str:
+def _nearest(mesh: Mesh, num_devices: int, num_experts: int, num_slices: int) -> str:
     """The advice to take the mesh that differs least from the one asked for."""
 
     def distance(other: Mesh) -> float:
@@ -213,8 +237,10 @@ def _nearest(mesh: Mesh, num_devices: int, num_experts: int) -> str:
         pairs = [(w, getattr(mesh, name) or getattr(other, name), getattr(other, name)) for name, w in weights.items()]
         return sum(weight * abs(math.log(wanted / has)) for weight, wanted, has in pairs)
 
-    best = min(possible(num_devices, num_experts), key=lambda other: (distance(other), -(other.expert or 1)))
-    return f"use {best}, or leave data and expert out to have them chosen."
+    allowed = [other for other in possible(num_devices, num_experts) if (other.data or 1) % num_slices == 0]
+    best = min(allowed, key=lambda other: (distance(other), -(other.expert or 1)))
+    left_out = mesh.data is None and mesh.expert is None
+    return f"use {best}{'' if left_out else ', or leave data and expert out to have them chosen'}."
 
 
 def _divisors(number: int) -> list[int]:

@@ -1,11 +1,13 @@
 """The mesh that an experiment asks for, and what the devices make of it."""
 
+import functools
 import math
 
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from jax.experimental import topologies
 
 from jmoe.errors import UserError
 from jmoe.parallel.mesh import AXES, Mesh, batch_parts, build, of, possible, resolve
@@ -63,6 +65,54 @@ def test_every_number_of_devices_has_a_mesh(devices, experts):
 def test_a_mesh_that_does_not_fit_is_refused_with_the_nearest_that_does(mesh, devices, experts, sentence):
     with pytest.raises(UserError, match=sentence):
         resolve(mesh, devices, experts)
+
+
+@functools.cache
+def two_slices():
+    """The 32 devices of two slices of v5e:4x4."""
+    topology_devices("v5e:4x4")  # sets what libtpu needs
+    described = topologies.get_topology_desc(platform="tpu", topology_name="v5e:4x4", num_slices=2)
+    assert {device.slice_index for device in described.devices} == {0, 1}
+    return list(described.devices)
+
+
+@pytest.mark.parametrize(
+    ("mesh", "experts", "expected"),
+    [
+        (Mesh(), 32, Mesh(data=2, expert=16)),  # not 32, of which some would be in the other slice
+        (Mesh(), None, Mesh(data=32, expert=1)),
+        (Mesh(fsdp=2, model=2), 8, Mesh(data=2, expert=4, fsdp=2, model=2)),
+        (Mesh(expert=2), 32, Mesh(data=16, expert=2)),
+    ],
+)
+def test_only_data_goes_from_slice_to_slice(mesh, experts, expected):
+    built = build(mesh, two_slices()[::-1], experts)
+    assert of(built) == expected
+    assert len({device.id for device in built.devices.flat}) == 32
+    for number, part in enumerate(np.split(built.devices, 2)):
+        assert {device.slice_index for device in part.flat} == {number}
+
+
+@pytest.mark.parametrize(
+    ("mesh", "sentence"),
+    [
+        (
+            Mesh(expert=32),
+            r"Mesh\(expert=32\) makes data=1 of 2 slices, and data must be a multiple of them, because only gradients "
+            r"go from slice to slice: use Mesh\(data=2, expert=16\), or leave data and expert out",
+        ),
+        (Mesh(fsdp=32), r"Mesh\(fsdp=32\) makes data=1 of 2 slices.*: use Mesh\(data=2, expert=1, fsdp=16\)\.$"),
+        (Mesh(data=3), r"Mesh\(data=3\) is for a multiple of 3 devices; there are 32: use Mesh\(data=4, expert=8\)"),
+    ],
+)
+def test_a_mesh_that_slices_do_not_divide_is_refused_with_the_nearest_that_can_be(mesh, sentence):
+    with pytest.raises(UserError, match=sentence):
+        build(mesh, two_slices(), 32)
+
+
+def test_slices_are_of_one_size():
+    with pytest.raises(UserError, match="slices of one size; there are some of 14 and some of 16 chips"):
+        build(Mesh(), two_slices()[2:], 32)
 
 
 def test_a_mesh_counts_from_one():
