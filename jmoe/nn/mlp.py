@@ -105,11 +105,11 @@ class ExpertMlp(nnx.Module):
         it, this form equals the other in distribution only.
         """
         dtype = self.dtype or rows.dtype
-        keys = keys or (None, None)
+        hidden_key, output_key = keys or (None, None)
         w_in, b_in, w_out, b_out = (p[...].astype(dtype) for p in (self.w_in, self.b_in, self.w_out, self.b_out))
         multiply = functools.partial(grouped_matmul, group_sizes=group_sizes, implementation=implementation)
-        hidden = drop(multiply(rows.astype(dtype), w_in, bias=b_in, activation="gelu"), self.dropout, keys[0])
-        return drop(multiply(hidden, w_out, bias=b_out), self.dropout, keys[1])
+        hidden = drop(multiply(rows.astype(dtype), w_in, bias=b_in, activation="gelu"), self.dropout, hidden_key)
+        return drop(multiply(hidden, w_out, bias=b_out), self.dropout, output_key)
 
     def fused(
         self,

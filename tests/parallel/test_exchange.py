@@ -111,7 +111,10 @@ def test_layers_that_are_computed_again_for_their_gradient_send_nothing_again(op
 
 
 def test_parts_are_no_smaller_than_pays_off_and_whole_groups():
-    decision = decide(TopK(k=2, capacity_factor=1.0), gating(jax.random.normal(jax.random.key(0), (48, 256, 8))))
+    def routed(tokens):
+        return decide(TopK(k=2, capacity_factor=1.0), gating(jnp.zeros((48, tokens, 8))))
+
+    decision = routed(256)
     assert decision.capacity == 64
     four, one = (Exchange(build(Mesh(expert=n), topology_devices("v5e:2x2"), 8)) for n in (4, 1))
 
@@ -122,15 +125,19 @@ def test_parts_are_no_smaller_than_pays_off_and_whole_groups():
     assert 4 * 12 * 64 // ROWS_OF_CHUNK == 1  # rows for an expert, of all devices
     assert chunks() == 1
     assert [chunks(wanted) for wanted in (1, 2, 3, 4, 5, 12, 100)] == [1, 2, 3, 4, 4, 12, 12]
-    decision = dataclasses.replace(decision, capacity=640)
-    assert chunks() == MOST_CHUNKS == 4
-    decision = dataclasses.replace(decision, capacity=128)
-    assert chunks() == 3  # not 4, nor 2
+    decision = dataclasses.replace(decision, capacity=256)  # a dropless layer, whose slots are mostly empty
+    assert chunks() == 1
+    decision = routed(512)
+    assert chunks() == 3
+    decision = routed(1024)
+    assert chunks() == MOST_CHUNKS == 4  # of 6
     assert chunks(4, one) == 1
+    assert chunks(exchange=Exchange(four.mesh, overlaps=False)) == 1
+    assert chunks(2, Exchange(four.mesh, overlaps=False)) == 2
 
 
 @pytest.mark.parametrize(
-    ("groups", "capacity", "more"), [(1, 12, 16), (2, 12, 16), (4, 12, 12), (3, 16, 16), (1, 17, 32)]
+    ("groups", "capacity", "more"), [(1, 12, 16), (2, 12, 16), (4, 12, 12), (3, 16, 16), (1, 20, 20), (1, 24, 32)]
 )
 def test_slots_are_added_until_those_of_an_expert_fill_whole_tiles(groups, capacity, more):
     router = TopK(k=2, capacity_factor=None)
