@@ -3,11 +3,11 @@
 import dataclasses
 import functools
 import logging
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
-import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
 from jmoe.errors import UserError
@@ -144,13 +144,20 @@ def check_batch(images: int, config: TrainConfig, mesh: jax.sharding.Mesh) -> No
 
 
 def images_per_unit(config: TrainConfig) -> int:
-    """How many images must stay together, because they are routed in one group; 1 for a dense model."""
+    """How many images must stay together, because they are routed in one group; 1 for a dense model.
+
+    A group of an ensemble counts its M copies of every image, which stay together, too.
+    """
     moe, tokens = config.model.moe, config.model.tokens
     if moe is None:
         return 1
     if moe.group_size is not None:
-        return int(np.lcm(moe.group_size, tokens)) // tokens
-    return moe.images_per_group or config.data.batch_size // config.accumulate
+        copies = math.lcm(moe.group_size, tokens) // tokens
+    elif moe.images_per_group is not None:
+        copies = moe.images_per_group
+    else:
+        return config.data.batch_size // config.accumulate
+    return math.lcm(copies, moe.members) // moe.members
 
 
 def rows_of(sharding: NamedSharding, num_rows: int, process: int | None = None) -> list[int]:

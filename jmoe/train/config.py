@@ -201,12 +201,14 @@ class TrainConfig:
         moe = self.model.moe
         if moe is None:
             return
-        group = moe.group_size or (moe.images_per_group or images) * self.model.tokens
-        if group > images * self.model.tokens:
+        tokens, copies = self.model.tokens, images * moe.members  # of an ensemble, a group counts copies of images
+        group = moe.group_size or (moe.images_per_group or copies) * tokens
+        if group > copies * tokens:
             named = f"group_size={moe.group_size}" if moe.group_size else f"a group of {moe.images_per_group} images"
+            each = f", {moe.members} copies of each," if moe.members > 1 else ""
             raise ValueError(
-                f"{named} is larger than the batch: {images} images of {self.model.tokens} tokens are routed at once. "
-                f"Use groups of at most {images} images, {images * self.model.tokens} tokens, or a larger batch_size."
+                f"{named} is larger than the batch: {images} images of {tokens} tokens{each} are routed at once. "
+                f"Use groups of at most {copies} images, {copies * tokens} tokens, or a larger batch_size."
             )
 
 
