@@ -111,8 +111,8 @@ def read(path: pathlib.Path) -> dict:
 def check_files(path: pathlib.Path, manifest: dict, *, process: int = 0, processes: int = 1) -> None:
     """Raises UnreadableCheckpointError, naming the file, unless every file is what was written.
 
-    A file that could not be read here is another UserError. When several processes check a checkpoint, each looks whether all files are there and as long as they should be, and
-    reads the `share` of them that is its own.
+    A file that could not be read here is another UserError. When several processes check a checkpoint, each looks
+    whether all files are there and as long as they should be, and reads the `share` of them that is its own.
     """
     files = manifest["files"]
     mine = share({name: file["bytes"] for name, file in files.items()}, process, processes)
