@@ -9,6 +9,7 @@ published by renaming its directory once all of that is on disk:
       200/                  complete
         jmoe_manifest.json  {"sha256": of the rest, "manifest": {format, step, metadata, leaves, files}}
         state/              written by Orbax (`array_files.py`), one array per leaf under its path name
+      100.old.tmp/          complete, but being replaced by a new 100; becomes 100 again where that was interrupted
 
 Nothing is ever unpickled: the manifest is JSON and Orbax is given arrays only.
 
@@ -72,6 +73,8 @@ class Checkpointer:
     def __init__(self, directory: str | os.PathLike, keep: int = 3):
         """Opens a directory, which need not exist yet, and warns of interrupted saves in it; reading deletes nothing.
 
+        A checkpoint whose replacement was interrupted gets its name back.
+
         Args:
           directory: where the checkpoints are, one sub-directory for each.
           keep: how many are kept; older ones are deleted, but only after a newer one is complete.
@@ -90,6 +93,7 @@ class Checkpointer:
         self._arrays = ArrayFiles()
         self._steps: list[int] = []  # that all processes have last agreed on
         self._published: list[int] | None = None  # the same after the save that `wait` will find complete
+        self._now.together("opening the folder", lambda: self._put_back(strict=False))
         self._agree_on_steps()
         for path in _unfinished(self.directory):
             self._warn("%s is ignored: its save was interrupted, or is going on in another process.", path)
@@ -223,6 +227,7 @@ class Checkpointer:
         if self._hosts.process:
             return None
         self.directory.mkdir(parents=True, exist_ok=True)
+        self._put_back()  # lest it be deleted
         for path in _unfinished(self.directory):
             shutil.rmtree(path)
         token = f"{_TOKEN}{uuid.uuid4().hex}"
@@ -280,13 +285,19 @@ class Checkpointer:
             # Those after this step are no reason to delete one before it: they may be damaged too.
             earlier = [s for s in _complete(self.directory) if s < step and s not in self._unusable]
             for old in {*earlier[: max(0, len(earlier) - (self.keep - 1))], *self._unusable}:
-                # Renamed first, so that one half deleted is never taken for a complete one.
-                (self.directory / str(old)).rename(self._outdated(old))
+                # Renamed first, so that one half deleted is never taken for a complete one, nor put back.
+                (self.directory / str(old)).rename(self._temporary(old))
             self._unusable.clear()
             for path in _unfinished(self.directory):
                 shutil.rmtree(path)
         except (OSError, UserError) as error:
             log.warning("Old checkpoints in %s could not be deleted: %s.", self.directory, reason(error))
+
+    def _put_back(self, *, strict: bool = True) -> None:
+        """Has process 0 give a checkpoint its name again whose replacement ended between the two renames."""
+        for path, final in [] if self._hosts.process else _set_aside(self.directory):
+            with contextlib.nullcontext() if strict else contextlib.suppress(OSError):  # the folder may be read-only
+                path.rename(final)
 
     def _temporary(self, step: int) -> pathlib.Path:
         return self.directory / f"{step}.tmp"
@@ -299,8 +310,9 @@ class Checkpointer:
         if self._hosts.process == 0:
             shutil.rmtree(self._temporary(step), ignore_errors=True)
         try:
+            self._put_back(strict=False)
             latest = self.latest()
-        except UserError:  # the directory itself is gone
+        except (OSError, UserError):  # the directory itself is gone
             latest = None
         rest = "there is no earlier one" if latest is None else f"that of step {latest} is intact"
         sentence = f"The checkpoint of step {step} could not be saved in {self.directory}"
@@ -408,7 +420,8 @@ def _entries(directory: pathlib.Path) -> list[pathlib.Path]:
 
 def latest(directory: pathlib.Path) -> int | None:
     """The step of the last complete checkpoint in a folder, or None; neither the folder nor a file is changed."""
-    return max(_complete(directory), default=None)
+    aside = [int(final.name) for _, final in _set_aside(directory)]
+    return max(_complete(directory) + aside, default=None)
 
 
 def _complete(directory: pathlib.Path) -> list[int]:
@@ -417,6 +430,12 @@ def _complete(directory: pathlib.Path) -> list[int]:
 
 def _unfinished(directory: pathlib.Path) -> list[pathlib.Path]:
     return [path for path in _entries(directory) if not _is_complete(path)]
+
+
+def _set_aside(directory: pathlib.Path) -> list[tuple[pathlib.Path, pathlib.Path]]:
+    """Checkpoints that were to be replaced while nothing has taken their place, each with the name that it had."""
+    names = [(path, path.with_name(path.name.removesuffix(".old.tmp"))) for path in _unfinished(directory)]
+    return [(path, final) for path, final in names if (path / manifest.NAME).exists() and not final.exists()]
 
 
 def _is_complete(path: pathlib.Path) -> bool:

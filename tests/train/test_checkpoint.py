@@ -1,4 +1,5 @@
 import dataclasses
+import errno
 import logging
 import os
 import pathlib
@@ -18,7 +19,7 @@ from flax import nnx
 from jax.sharding import NamedSharding, PartitionSpec
 
 from jmoe.errors import UserError
-from jmoe.train.checkpoint import Checkpointer, peek
+from jmoe.train.checkpoint import Checkpointer, latest, peek
 from jmoe.train.manifest import UnreadableCheckpointError
 
 
@@ -264,6 +265,35 @@ def test_half_written_checkpoints_are_deleted_by_the_next_save(copy):
         checkpointer.save(30, state(30), {})
     assert sorted(path.name for path in copy.iterdir()) == ["10", "20", "30", "notes"]
     assert peek(copy)["step"] == 30
+
+
+def test_a_checkpoint_whose_replacement_was_interrupted_gets_its_name_back(copy):
+    shutil.copytree(copy / "20", copy / "20.tmp")
+    (copy / "20").rename(copy / "20.old.tmp")
+    shutil.copytree(copy / "10", copy / "10.old.tmp")  # already replaced
+    assert latest(copy) == 20
+    assert (copy / "20.old.tmp").exists()
+    with Checkpointer(copy) as checkpointer:
+        restored, _, step = checkpointer.restore_latest(abstract(state()))
+        assert step == 20
+        assert_identical(restored, state(20))
+        checkpointer.save(30, state(30), {})
+    assert sorted(path.name for path in copy.iterdir()) == ["10", "20", "30"]
+
+
+def test_a_replacement_that_cannot_be_put_in_place_leaves_the_earlier_one(copy, monkeypatch):
+    rename = pathlib.Path.rename
+
+    def fails(path, target):
+        if path.name == "20.tmp":
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+        return rename(path, target)
+
+    monkeypatch.setattr(pathlib.Path, "rename", fails)
+    with Checkpointer(copy) as checkpointer:
+        with pytest.raises(UserError, match=r"step 20 could not be saved .*; that of step 20 is intact\."):
+            checkpointer.save(20, state(5), {}, wait=True)
+        assert_identical(checkpointer.restore_latest(abstract(state()))[0], state(20))
 
 
 KILLED = """
