@@ -22,6 +22,7 @@ from jmoe.notation import Array, Bool, Float, PRNGKeyArray
 from jmoe.routing import Decision, ExpertChoice, Loss, Router, Routing, Soft, TopK, decide, routing_metrics
 from jmoe.routing.members import interleave_members, separate_members
 
+ADDED_SLOTS = 1 / 32  # of those of an expert, at most: more are more work than what they save
 TILE_ROWS = 16  # a tile of a TPU's memory has 16 rows of bfloat16, or 8 of float32
 MOST_CHUNKS = 4  # each reads and writes the gradient of the experts once more
 ROWS_OF_CHUNK = 2048  # of each expert: with fewer, reading its weights takes longer than multiplying by them
@@ -419,14 +420,14 @@ def _whole_tiles(decision: Decision, carrier: Carrier | Exchange) -> Decision:
     """The decision with so many more slots, all empty, that those of an expert fill whole tiles of a TPU's memory.
 
     Otherwise blocks of slots, which are exchanged, do not lie as products of matrices want them, and rows are moved by
-    themselves. There is nothing to gain on one device, nor where that would be more than a third of the slots; and how
-    many slots are mixed is for the router to say.
+    themselves. There is nothing to gain on one device, nor where it takes many slots; and how many slots are mixed is
+    for the router to say.
     """
     if carrier.expert_parts == 1 or not isinstance(decision, Routing):
         return decision
     groups, C = decision.token.shape[0], decision.capacity
     tiled = next(slots for slots in range(C, C + TILE_ROWS) if groups * slots % TILE_ROWS == 0)
-    if 3 * tiled > 4 * C:
+    if tiled - C > ADDED_SLOTS * C:
         return decision
     return dataclasses.replace(decision, slot=jnp.where(decision.slot < C, decision.slot, tiled), capacity=tiled)
 

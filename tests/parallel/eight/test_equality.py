@@ -128,6 +128,13 @@ CHUNKS = {
 }
 
 
+@pytest.mark.parametrize("layer", ["with slots", pytest.param("fused", marks=pytest.mark.slow)])
+def test_slots_that_are_added_change_nothing(layer, monkeypatch):
+    monkeypatch.setattr("jmoe.nn.moe.ADDED_SLOTS", 100.0)
+    moe = dataclasses.replace(CHUNKS[layer], images_per_group=4, exchange_chunks=1)
+    check_same(network(moe), Mesh(data=2, expert=2, model=2))
+
+
 def test_parts_of_the_hidden_units_drop_theirs_independently():
     """Of rows without slots, whose masks are drawn on each device."""
     devices = build(Mesh(data=4, model=2), num_experts=1)
