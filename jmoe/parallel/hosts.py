@@ -208,14 +208,14 @@ class Hosts:
         if self._channel is None or self._channel.closed:
             return  # this process has found the same mistake itself, and is ending
         if ending.status == STUCK:
-            faulthandler.dump_traceback(all_threads=True)
+            print_stacks()
         self.let_others_end()
         end_process(ending.sentence, ending.status)
 
     def _exit(self, status: int) -> None:
         """Ends this process after everything has been printed."""
         for stream in (sys.stdout, sys.stderr):
-            with contextlib.suppress(OSError, ValueError):
+            with contextlib.suppress(OSError, ValueError, RuntimeError, AttributeError):
                 stream.flush()
         self.let_others_end(GRACE_SECONDS)
         os._exit(status)
@@ -316,6 +316,13 @@ def package_versions() -> str:
     return ", ".join(found)
 
 
+def print_stacks() -> None:
+    """Prints where each thread stands, to the stream that the process began with; what ends it then goes on anyhow."""
+    with contextlib.suppress(OSError, ValueError, RuntimeError, AttributeError):  # closed, no file, or no stream at all
+        sys.__stderr__.flush()  # pyright: ignore[reportOptionalMemberAccess]
+        faulthandler.dump_traceback(sys.__stderr__, all_threads=True)  # pyright: ignore[reportArgumentType]
+
+
 def end_all(sentence: str, status: int) -> None:
     """Ends this process from any thread, and with it all others of the run."""
     if _current is not None:  # one is not made now: it would need the devices
@@ -326,7 +333,7 @@ def end_all(sentence: str, status: int) -> None:
 
 def end_process(sentence: str, status: int) -> None:
     """Ends this process from any thread, whatever the others are doing; nothing is cleaned up."""
-    with contextlib.suppress(OSError, ValueError):  # a stream may be closed
+    with contextlib.suppress(OSError, ValueError, RuntimeError, AttributeError):  # a stream may be closed, or None
         sys.stdout.flush()
         print(f"jmoe: {sentence}", file=sys.stderr, flush=True)
     os._exit(status)

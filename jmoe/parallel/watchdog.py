@@ -1,17 +1,15 @@
 """Ends a run that no longer makes steps, with the stacks that say where it stands."""
 
 import contextlib
-import faulthandler
 import math
 import statistics
-import sys
 import threading
 import time
 from collections import deque
 from collections.abc import Iterator
 
 from jmoe.errors import STUCK
-from jmoe.parallel.hosts import end_all
+from jmoe.parallel.hosts import end_all, print_stacks
 
 _RECENT = 50  # steps whose median is what a step should take
 
@@ -112,9 +110,7 @@ class Watchdog:
         else:
             why = f"the limit of the first, {self._first:g} s"
         step = "The first step has not ended" if self.step is None else f"No step has ended after step {self.step}"
-        with contextlib.suppress(OSError, ValueError):
-            sys.stderr.flush()
-        faulthandler.dump_traceback(all_threads=True)
+        print_stacks()
         end_all(
             f"{step} for {self.limit():.3g} s ({why}). The stacks above say where each thread stands. Run the same "
             "command on all hosts to go on from the last checkpoint.",

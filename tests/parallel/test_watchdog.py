@@ -1,3 +1,4 @@
+import io
 import subprocess
 import sys
 import threading
@@ -12,16 +13,17 @@ from tests.parallel import processes
 
 
 @pytest.fixture
-def bark(monkeypatch):
+def bark(monkeypatch, tmp_path):
     """Has a watchdog note why it would end the process, in place of ending it."""
     barked = threading.Event()
     sentences = []
     monkeypatch.setattr(
         watchdog, "end_all", lambda sentence, status: (sentences.append((sentence, status)), barked.set())
     )
-    monkeypatch.setattr(watchdog.faulthandler, "dump_traceback", lambda all_threads: None)
     barked.sentences = sentences
-    return barked
+    with (tmp_path / "stderr").open("w") as stream:
+        monkeypatch.setattr(sys, "__stderr__", stream)
+        yield barked
 
 
 def test_a_run_that_makes_steps_is_left_alone(bark):
@@ -42,6 +44,21 @@ def test_a_step_that_does_not_end_is_noticed(bark):
     assert status == STUCK
     assert sentence.startswith("No step has ended after step 8 for 0.1 s (2 times the median of 0.01")
     assert " s, at least 0.1 s). The stacks above say where each thread stands. Run the same command" in sentence
+
+
+def test_where_a_notebook_takes_what_is_printed_the_stacks_go_where_the_process_began(bark, monkeypatch, tmp_path):
+    monkeypatch.setattr(sys, "stderr", io.StringIO())  # which has no file
+    with Watchdog(first_seconds=0.01):
+        assert bark.wait(5)
+    assert "most recent call first" in (tmp_path / "stderr").read_text()
+
+
+@pytest.mark.parametrize("stream", [None, io.StringIO()])
+def test_without_a_file_for_the_stacks_the_run_ends_all_the_same(bark, monkeypatch, stream):
+    monkeypatch.setattr(sys, "stderr", stream)
+    monkeypatch.setattr(sys, "__stderr__", stream)
+    with Watchdog(first_seconds=0.01):
+        assert bark.wait(5)
 
 
 def test_slow_steps_have_a_longer_limit(bark):
