@@ -104,7 +104,7 @@ def build(mesh: Mesh, devices: Sequence[Any] | None = None, num_experts: int | N
       UserError: as `resolve`, or slices of several sizes.
     """
     devices = list(jax.devices() if devices is None else devices)
-    slices = _slices(devices)
+    slices = slices_of(devices)
     resolved = resolve(mesh, len(devices), num_experts, len(slices))
     shape = tuple(getattr(resolved, name) for name in AXES)
     inner = (shape[0] // len(slices), *shape[1:])  # between slices the network is slow: only gradients go over it
@@ -112,8 +112,8 @@ def build(mesh: Mesh, devices: Sequence[Any] | None = None, num_experts: int | N
     return jax.sharding.Mesh(grid, AXES, axis_types=(AxisType.Auto,) * len(AXES))
 
 
-def _slices(devices: Sequence[Any]) -> list[list[Any]]:
-    """The devices of each TPU slice; others, such as GPUs of several hosts, count as one slice.
+def slices_of(devices: Sequence[Any]) -> list[list[Any]]:
+    """Returns the devices of each TPU slice; others, such as GPUs of several hosts, count as one slice.
 
     Raises:
       UserError: the slices are not of one size.
@@ -218,11 +218,16 @@ def of(mesh: jax.sharding.Mesh) -> Mesh:
 
 
 def possible(
-    num_devices: int, num_experts: int | None = None, *, fsdp: int | None = None, model: int | None = None
+    num_devices: int,
+    num_experts: int | None = None,
+    *,
+    fsdp: int | None = None,
+    model: int | None = None,
+    num_slices: int = 1,
 ) -> Iterator[Mesh]:
-    """Yields every Mesh of so many devices; of those given, only such with that fsdp or model."""
+    """Yields every Mesh of so many devices in slices; of those given, only such with that fsdp or model."""
     for expert, f, m in itertools.product(_divisors(num_devices), repeat=3):
-        if (num_experts or 1) % expert or num_devices % (expert * f * m):
+        if (num_experts or 1) % expert or num_devices % (expert * f * m * num_slices):
             continue
         if (fsdp is None or f == fsdp) and (model is None or m == model):
             yield Mesh(data=num_devices // (expert * f * m), expert=expert, fsdp=f, model=m)
@@ -237,7 +242,7 @@ def _nearest(mesh: Mesh, num_devices: int, num_experts: int, num_slices: int) ->
         pairs = [(w, getattr(mesh, name) or getattr(other, name), getattr(other, name)) for name, w in weights.items()]
         return sum(weight * abs(math.log(wanted / has)) for weight, wanted, has in pairs)
 
-    allowed = [other for other in possible(num_devices, num_experts) if (other.data or 1) % num_slices == 0]
+    allowed = possible(num_devices, num_experts, num_slices=num_slices)
     best = min(allowed, key=lambda other: (distance(other), -(other.expert or 1)))
     left_out = mesh.data is None and mesh.expert is None
     return f"use {best}{'' if left_out else ', or leave data and expert out to have them chosen'}."

@@ -128,8 +128,6 @@ def estimated_traffic(config: TrainConfig, cost: Cost, mesh: Mesh) -> float:
 
 def _obstacle(config: TrainConfig, mesh: jax.sharding.Mesh) -> str:
     """Why a mesh cannot take the experiment, if it cannot."""
-    if config.model.num_heads % mesh.shape["model"]:
-        return f"model={mesh.shape['model']} does not divide the {config.model.num_heads} heads"
     try:
         check_batch(config.data.batch_size // config.accumulate, config, mesh)
     except UserError as error:

@@ -126,21 +126,35 @@ def _say_placement(config: TrainConfig, state: TrainState, mesh: jax.sharding.Me
 
 
 def check_batch(images: int, config: TrainConfig, mesh: jax.sharding.Mesh) -> None:
-    """Raises UserError unless so many images, which are routed in groups, can be divided among the devices."""
+    """Raises UserError unless devices can divide so many images, which are routed in groups, and the heads of each."""
+    heads, model, moe = config.model.num_heads, mesh.shape["model"], config.model.moe
+    if heads % model:
+        raise UserError(
+            f"model={model} does not divide the {heads} heads of attention ({meshes.of(mesh)}): use "
+            f"mesh.model={math.gcd(heads, model)}."
+        )
     parts = batch_parts(mesh)
     unit = images_per_unit(config)
     if images % (parts * unit) == 0:
         return
+    counted = f"{images} images" + (f" (a part of accumulate={config.accumulate})" if config.accumulate > 1 else "")
     together = f" in groups of {unit}" if unit > 1 else ""
-    nearest = max(1, round(images / (parts * unit))) * parts * unit
-    fewer = [n for n in range(1, parts) if parts % n == 0 and images % (n * unit) == 0]
-    spare = f", or divide them among {fewer[-1]} (mesh.model takes the other devices)" if fewer else ""
     processes = len({device.process_index for device in mesh.devices.flat})
     where = f"{parts} devices" + (f" of {processes} processes" if processes > 1 else "")
-    raise UserError(
-        f"{images} images{together} cannot be divided among {where} ({meshes.of(mesh)}): use a batch of "
-        f"{nearest}{' for each part of accumulate' if config.accumulate > 1 else ''}{spare}."
+    whole_batch = moe is not None and moe.group_size is None and moe.images_per_group is None
+    step = parts * (1 if whole_batch else unit)
+    nearest = max(1, round(images / step)) * step
+    advice = f"data.batch_size={nearest * config.accumulate}"
+    if moe is not None and whole_batch:  # a group that grows with the batch
+        advice += f" with model.moe.images_per_group={nearest // parts * moe.members}"
+    slices = len(meshes.slices_of(list(mesh.devices.flat)))
+    others = meshes.possible(
+        mesh.size, None if moe is None else moe.num_experts, fsdp=mesh.shape["fsdp"], num_slices=slices
     )
+    fewer = [o for o in others if heads % o.model == 0 and images % (mesh.size // o.model * unit) == 0]
+    if fewer:  # of all, one that leaves the fewest devices to the heads
+        advice += f', or --set "mesh={min(fewer, key=lambda o: (o.model, -(o.expert or 1)))}"'
+    raise UserError(f"{counted}{together} cannot be divided among {where} ({meshes.of(mesh)}): use {advice}.")
 
 
 def images_per_unit(config: TrainConfig) -> int:

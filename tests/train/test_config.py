@@ -1,11 +1,14 @@
 """What a configuration says about its batches, and which of them devices can divide."""
 
 import dataclasses
+import re
 
 import pytest
 
+from jmoe.errors import UserError
 from jmoe.parallel import Mesh, build, topology_devices
 from jmoe.train.compiled import check_batch, images_per_unit
+from jmoe.train.overrides import apply_overrides
 from tests.train.tiny import tiny_config
 
 
@@ -49,3 +52,51 @@ def test_a_group_may_hold_as_many_copies_as_the_batch_has():
         "once. Use groups of at most 6 images, 30 tokens, or",
     ):
         config_of(batch_size=3, images_per_group=8, members=2)
+
+
+@pytest.mark.parametrize(
+    ("changes", "mesh", "sentence"),
+    [
+        (
+            {"batch_size": 36, "images_per_group": 2},
+            Mesh(),
+            "36 images in groups of 2 cannot be divided among 8 devices of 2 processes (Mesh(data=1, expert=8)): use "
+            "[data.batch_size=32].",  # 2 devices could, with a model=4 that 2 heads do not allow
+        ),
+        (
+            {"batch_size": 24, "images_per_group": 2},
+            Mesh(expert=2),
+            "24 images in groups of 2 cannot be divided among 8 devices of 2 processes (Mesh(data=4, expert=2)): use "
+            '[data.batch_size=32], or --set "[mesh=Mesh(data=1, expert=4, model=2)]".',
+        ),
+        (
+            {"batch_size": 72, "accumulate": 3, "images_per_group": 2},
+            Mesh(fsdp=2),
+            "24 images (a part of accumulate=3) in groups of 2 cannot be divided among 8 devices of 2 processes "
+            "(Mesh(data=1, expert=4, fsdp=2)): use [data.batch_size=96], or --set "
+            '"[mesh=Mesh(data=1, expert=2, fsdp=2, model=2)]".',
+        ),
+        (
+            {"images_per_group": None, "members": 2},
+            Mesh(),
+            "48 images in groups of 48 cannot be divided among 8 devices of 2 processes (Mesh(data=1, expert=8)): use "
+            "[data.batch_size=48 with model.moe.images_per_group=12].",
+        ),
+        (
+            {},
+            Mesh(model=8),
+            "model=8 does not divide the 2 heads of attention (Mesh(data=1, expert=1, model=8)): use [mesh.model=2].",
+        ),
+    ],
+)
+def test_what_cannot_be_divided_is_refused_with_what_can(changes, mesh, sentence):
+    devices, config = topology_devices("v5e:2x4"), dataclasses.replace(config_of(**changes), mesh=mesh)
+
+    def check(config):
+        check_batch(config.data.batch_size // config.accumulate, config, build(config.mesh, devices, 8))
+
+    with pytest.raises(UserError) as error:
+        check(config)
+    assert str(error.value) == re.sub(r"[\[\]]", "", sentence)
+    for advised in re.findall(r"\[(.*?)\]", sentence):
+        check(apply_overrides(config, advised.split(" with ")))
