@@ -89,7 +89,7 @@ def check(addresses: Addresses) -> tuple[str, int, int, int] | None:
     """Returns host, port, count and index of addresses that can be meant; None if there are none, or one process.
 
     Raises:
-      UserError: they are incomplete or malformed, or a loopback address for processes on several hosts.
+      UserError: they are incomplete or malformed, or an address of the machine itself for processes on several hosts.
     """
     given = {"--coordinator": addresses.coordinator, "--processes": addresses.processes, "--process": addresses.process}
     missing = [name for name, value in given.items() if value is None]
@@ -114,11 +114,11 @@ def check(addresses: Addresses) -> tuple[str, int, int, int] | None:
         raise UserError(f"--process {process} is not one of the {count} processes: they count from 0 to {count - 1}.")
     if count == 1:
         return None
-    if not addresses.local and _is_loopback(host, process):
+    if not addresses.local and _is_own(host, process):
         raise UserError(
-            f"The coordinator {coordinator} is a loopback address, at which a host reaches only itself. Give the name "
-            f"or address of the machine of process 0 as the other hosts see it; or --local, if all {count} processes "
-            "run on this machine."
+            f"The coordinator {coordinator} is a loopback or unspecified address, at which a host reaches only itself. "
+            f"Give the name or address of the machine of process 0 as the other hosts see it; or --local, if all "
+            f"{count} processes run on this machine."
         )
     return host, port, count, process
 
@@ -244,10 +244,10 @@ def _parse(coordinator: str) -> tuple[str, int]:
     return match[1] or match[2], int(match[3])
 
 
-def _is_loopback(host: str, process: int) -> bool:
+def _is_own(host: str, process: int) -> bool:
     """Whether a host means only this machine itself, by its text or by what its name resolves to here."""
     try:
-        return ipaddress.ip_address(host).is_loopback
+        return _is_own_address(host)
     except ValueError:
         name = host.lower().rstrip(".")
     if name == "localhost" or name.endswith(".localhost"):
@@ -258,7 +258,14 @@ def _is_loopback(host: str, process: int) -> bool:
         found = {entry[4][0] for entry in socket.getaddrinfo(host, None)}
     except OSError:
         return False  # not known yet; connecting says more
-    return all(ipaddress.ip_address(str(address).partition("%")[0]).is_loopback for address in found)
+    return all(_is_own_address(str(address).partition("%")[0]) for address in found)
+
+
+def _is_own_address(text: str) -> bool:
+    """Whether an address is loopback (127.0.0.1, ::1) or unspecified (0.0.0.0, ::), also if IPv4 is written as IPv6."""
+    address = ipaddress.ip_address(text)
+    address = getattr(address, "ipv4_mapped", None) or address
+    return address.is_loopback or address.is_unspecified
 
 
 def _has_tpu() -> bool:

@@ -76,20 +76,31 @@ def test_addresses_that_cannot_be_meant_are_refused(given, sentence):
     assert str(error.value).startswith(sentence)
 
 
-@pytest.mark.parametrize("host", ["localhost", "LOCALHOST.", "db.localhost", "127.0.0.1", "127.8.9.1", "[::1]"])
+LOOPBACK = ["localhost", "LOCALHOST.", "db.localhost", "127.0.0.1", "127.8.9.1", "[::1]", "[::ffff:127.0.0.1]"]
+UNSPECIFIED = ["0.0.0.0", "0", "[::]", "[::ffff:0.0.0.0]"]
+
+
+@pytest.mark.parametrize("host", LOOPBACK + UNSPECIFIED)
 @pytest.mark.parametrize("process", [0, 1])
-def test_a_loopback_coordinator_of_several_hosts_is_refused(host, process):
+def test_a_coordinator_of_several_hosts_at_which_each_reaches_itself_is_refused(host, process):
     with pytest.raises(UserError) as error:
         check(Addresses(coordinator=f"{host}:1234", processes=2, process=process))
     assert str(error.value) == (
-        f"The coordinator {host}:1234 is a loopback address, at which a host reaches only itself. Give the name or "
-        "address of the machine of process 0 as the other hosts see it; or --local, if all 2 processes run on this "
-        "machine."
+        f"The coordinator {host}:1234 is a loopback or unspecified address, at which a host reaches only itself. "
+        "Give the name or address of the machine of process 0 as the other hosts see it; or --local, if all 2 "
+        "processes run on this machine."
     )
 
 
 def test_a_name_that_resolves_to_loopback_is_refused_but_not_the_own_name_of_process_0(monkeypatch):
-    names = {"inner": ["127.0.0.1", "::1"], "mixed": ["127.0.1.1", "10.0.0.5"], "me": ["127.0.1.1"]}
+    names = {
+        "any": ["0.0.0.0", "::"],
+        "mapped": ["::ffff:127.0.0.1"],
+        "linked": ["fe80::1%lo"],
+        "inner": ["127.0.0.1", "::1"],
+        "mixed": ["127.0.1.1", "10.0.0.5"],
+        "me": ["127.0.1.1"],
+    }
 
     def resolve(host, port):
         if host not in names:
@@ -100,6 +111,9 @@ def test_a_name_that_resolves_to_loopback_is_refused_but_not_the_own_name_of_pro
     monkeypatch.setattr(startup.socket, "gethostname", lambda: "me")
     monkeypatch.setattr(startup.socket, "getfqdn", lambda: "me.cluster")
     for host, process, refused in [
+        ("any", 1, True),
+        ("mapped", 1, True),
+        ("linked", 1, False),
         ("inner", 0, True),
         ("inner", 1, True),
         ("mixed", 1, False),
@@ -107,7 +121,7 @@ def test_a_name_that_resolves_to_loopback_is_refused_but_not_the_own_name_of_pro
         ("me", 1, True),
         ("not-yet-known", 1, False),
     ]:
-        assert startup._is_loopback(host, process) is refused, (host, process)
+        assert startup._is_own(host, process) is refused, (host, process)
 
 
 @pytest.mark.parametrize(
@@ -207,7 +221,7 @@ def test_the_command_line_refuses_addresses_in_a_sentence(command, capsys, tmp_p
     assert main([*arguments, "--startup-timeout", "0"]) == 2
     out, err = capsys.readouterr()
     first, second, third = err.splitlines()
-    assert first.startswith("jmoe: The coordinator localhost:1234 is a loopback address")
+    assert first.startswith("jmoe: The coordinator localhost:1234 is a loopback or unspecified address")
     assert second.startswith("jmoe: --processes came without --coordinator and --process.")
     assert third == "jmoe: --startup-timeout must be more than 0 seconds, not 0."
     assert (out, (tmp_path / "run").exists()) == ("", False)
