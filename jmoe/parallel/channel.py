@@ -134,6 +134,7 @@ class Server(threading.Thread):
         self._over = False  # whether all have been told to end
         self._gathers: dict[str, tuple[float, dict[int, str]]] = {}  # by name: deadline, values
         self._missed: set[str] = set()  # names about which some gave nothing in time, as all have been told
+        self._done: set[int] = set()  # who has ended as it should, and gives nothing any more
         self._selector = selectors.DefaultSelector()
         self._selector.register(listener, selectors.EVENT_READ)
 
@@ -196,16 +197,29 @@ class Server(threading.Thread):
                 del self._gathers[message["name"]]
                 ordered = [values[i] for i in range(self._count)]
                 self._tell_all(kind="gathered", name=message["name"], values=ordered)
+            self._answer_without_those_who_are_done()
         elif kind == "end":
             line.ended = True
             sentence, status = f"{member} ended: {message['sentence']}", message["status"]
             if status:
                 self._over = True
                 self._tell_all(kind="failed", process=member.process, sentence=sentence, status=status)
-            elif member.process == 0:
+                return
+            self._done.add(member.process)
+            self._answer_without_those_who_are_done()
+            if member.process == 0:
                 self._tell_all(kind="ended")
             else:
                 line.send(kind="ended")
+
+    def _answer_without_those_who_are_done(self) -> None:
+        """Has nobody wait for what will never come."""
+        for name, (_, values) in list(self._gathers.items()):
+            missing = sorted(self._done - values.keys())
+            if missing and not self._over:  # else all are ending, for another reason
+                del self._gathers[name]
+                self._missed.add(name)
+                self._tell_all(kind="gathered", name=name, missing=missing, ended=True)
 
     def _greet(self, line: _Line, hello: dict[str, Any]) -> None:
         line.member = member = Member(hello["process"], hello["host"], hello["pid"])
@@ -311,6 +325,7 @@ class Channel:
         self._gathered: dict[str, dict[str, Any]] = {}  # answers that nobody has fetched yet
         self._changed = threading.Condition()
         self._closed = False
+        self._over = False  # whether this process, or process 0, is done, and so is all that all do together
         self._answered = threading.Event()
         self._on_ending: Callable[[Ending], None] | None = None
         shown = shown or f"{address[0]}:{address[1]}"
@@ -341,8 +356,8 @@ class Channel:
           about: what a sentence calls it, if not by the name.
 
         Raises:
-          LostProcessError: some did not ask within `timeout` seconds after the first; in all processes, also in those
-            that come later.
+          LostProcessError: some did not ask within `timeout` seconds after the first, or ended without asking; in all
+            processes, also in those that come later.
         """
         with self._changed:
             self._asked[name] += 1
@@ -350,13 +365,15 @@ class Channel:
         self._line.send(kind="gather", name=numbered, value=value, timeout=timeout)
         with self._changed:
             # The server's clock decides; ours only guards against a server that hangs.
-            done = self._changed.wait_for(lambda: numbered in self._gathered, timeout + KEEPALIVE_SECONDS)
-            answer: dict[str, Any] = self._gathered.pop(numbered) if done else {"missing": [0]}
+            self._changed.wait_for(lambda: numbered in self._gathered or self._over, timeout + KEEPALIVE_SECONDS)
+            nothing = {"missing": [self._process if self._closed else 0], "ended": self._over}
+            answer: dict[str, Any] = self._gathered.pop(numbered, nothing)
         values: list[str] | None = answer.get("values")
         if values is not None:
             return values
         which = _list([str(self.members[i]) for i in answer["missing"]])
-        raise LostProcessError(f"No word about {about or repr(name)} from {which} within {timeout:g} s. {_AGAIN}")
+        why = ", as it ended before" if answer.get("ended") else f" within {timeout:g} s"
+        raise LostProcessError(f"No word about {about or repr(name)} from {which}{why}. {_AGAIN}")
 
     def fail(self, sentence: str, status: int) -> None:
         """Tells the others that this process ends, and why; they end, too."""
@@ -409,7 +426,10 @@ class Channel:
                     self._end(Ending(message["sentence"], LOST, at_once=True))
                 elif kind == "ended":
                     self._answered.set()
-                    return  # this process is done; or process 0, and so is everything that all do together
+                    with self._changed:
+                        self._over = True
+                        self._changed.notify_all()
+                    return
             messages = self._line.receive()
         self._end(
             Ending(

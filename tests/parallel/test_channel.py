@@ -104,6 +104,40 @@ def test_who_comes_too_late_hears_the_same_and_the_next_time_is_a_new_one(meet):
         assert found == [["after 0", "after 1", "after 2"]] * 3
 
 
+@pytest.mark.parametrize("done", [0, 1])
+def test_nobody_waits_for_one_who_is_done(meet, done):
+    channels = meet([0, 1, 2], 3)
+    told = watched(channels)
+    others = [one for i, one in enumerate(channels) if i != done]
+
+    def sentence(one, name):
+        with pytest.raises(LostProcessError) as error:
+            one.gather(name, "x", 30)
+        return str(error.value)
+
+    began = time.monotonic()
+    with ThreadPoolExecutor(2) as pool:
+        early = pool.submit(sentence, others[0], "early")
+        time.sleep(0.1)  # it waits by now
+        channels[done].close()
+        sentences = [early.result(), *pool.map(lambda one: sentence(one, "late"), others)]
+    assert time.monotonic() - began < 5
+    for name, text in zip(("early", "late", "late"), sentences, strict=True):
+        assert text.startswith(f"No word about '{name}' from process {done} on {HERE}, as it ended before. Run the")
+    assert [endings for endings, _ in told] == [[], [], []]
+
+
+def test_what_one_gave_before_it_was_done_counts(meet):
+    channels = meet([0, 1], 2)
+    watched(channels)
+    with ThreadPoolExecutor(1) as pool:
+        given = pool.submit(channels[1].gather, "name", "b", 5)
+        time.sleep(0.1)
+        channels[1].close()
+        assert channels[0].gather("name", "a", 5) == ["a", "b"]
+        assert isinstance(given.exception(5), LostProcessError)
+
+
 def test_long_lists_are_cut_short():
     expected = {"a": "a", "ab": "a and b", "abc": "a, b and c", "abcdefghij": "a, b, c, d, e, f, g, h and 2 more"}
     assert {texts: channel._list(list(texts)) for texts in expected} == expected
