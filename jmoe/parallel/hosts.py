@@ -177,7 +177,8 @@ class Hosts:
         """Tells the others that this process ends; returns the status it must end with after an error."""
         if self._channel is None:
             return None
-        if error is None or isinstance(error, InterruptedRunError):  # which all raise after the same step
+        # An InterruptedRunError is raised by all after the same step, and sys.exit() is an end like any other.
+        if error is None or isinstance(error, InterruptedRunError) or _status(error) == 0:
             self._channel.close()
             with contextlib.suppress(RuntimeError):  # another may be gone by now; nothing depends on it any more
                 jax.distributed.shutdown()
@@ -344,7 +345,7 @@ def _status(error: BaseException) -> int:
     if isinstance(error, UserError):
         return error.exit_code
     if isinstance(error, SystemExit):
-        return error.code if isinstance(error.code, int) else 1
+        return 0 if error.code is None else error.code if isinstance(error.code, int) else 1
     others = {KeyboardInterrupt: 130, BrokenPipeError: 141, ModuleNotFoundError: UserError.exit_code}
     return next((status for kind, status in others.items() if isinstance(error, kind)), 1)
 

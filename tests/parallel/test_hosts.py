@@ -4,7 +4,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
-from jmoe.errors import LOST, UserError
+from jmoe.errors import LOST, LostProcessError, UserError
 from jmoe.parallel import hosts
 from jmoe.parallel.channel import Channel, Server, listen
 from jmoe.parallel.hosts import Host, Hosts, code_version, format_table, package_versions
@@ -111,6 +111,22 @@ def test_package_versions_name_what_is_installed():
     assert versions[0] == f"python {sys.version.split()[0]}"
     assert f"jax {jax.__version__}" in versions
     assert f"numpy {np.__version__}" in versions
+
+
+@pytest.mark.parametrize("code", [None, 0, 3, "The disk is full."])
+def test_sys_exit_is_an_end_like_any_other_unless_it_gives_a_status(code):
+    status = {3: 3, "The disk is full.": 1}.get(code)
+    with listen("127.0.0.1", 0) as listener, ThreadPoolExecutor(2) as pool:
+        Server(listener, 2, 5).start()
+        channels = list(pool.map(lambda i: Channel(listener.getsockname(), 2, i, timeout=5), range(2)))
+        told = []
+        channels[0].watch(told.append)
+        assert Hosts(channels[1], 1)._leave(SystemExit(code)) == status
+        with pytest.raises(LostProcessError):
+            channels[0].gather("name", "", timeout=0.1)  # what the other was told has come before the answer
+        assert [ending.status for ending in told] == ([] if status is None else [status])
+        for channel in reversed(channels):
+            channel._line.close()
 
 
 def run(coordinator, count, process, what):
