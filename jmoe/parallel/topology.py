@@ -3,10 +3,11 @@
 import contextlib
 import functools
 import importlib.util
+import itertools
 import math
 import os
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax
@@ -25,8 +26,12 @@ ENVIRONMENT = {
 }
 GENERATIONS = ("v4", "v5e", "v5p", "v6e")
 ONE_CHIP = {"v4": "v4:2x2x1", "v5e": "v5e:1x1", "v5p": "v5p:2x2x1", "v6e": "v6e:1x1"}  # the smallest slice of each
-# Chips in each direction of the largest slice that there is of each; libtpu would compile for larger ones.
-LARGEST = {"v4": (16, 16, 16), "v5e": (16, 16), "v5p": (16, 20, 28), "v6e": (16, 16)}
+# The slices that Google offers, as chips in each direction; libtpu would compile for others, too.
+# Those of v5e and v6e: https://cloud.google.com/tpu/docs/v5e and .../v6e.
+FLAT = ((1, 1), (2, 2), (2, 4), (4, 4), (4, 8), (8, 8), (8, 16), (16, 16))
+# Those of v4 and v5p have multiples of 4 chips in each direction, up to the largest, or are one of the small ones.
+SMALL = ((2, 2, 1), (2, 2, 2), (2, 2, 4), (2, 4, 4))
+LARGEST = {"v4": (16, 16, 16), "v5p": (16, 20, 28)}
 
 
 @functools.cache
@@ -46,10 +51,14 @@ def topology_devices(topology: str) -> tuple[jax.Device, ...]:
             "direction, such as v5e:4x4 or v5p:2x2x2."
         )
     if topology != (nearest := nearest_topology(topology)):
-        largest, directions = "x".join(map(str, LARGEST[generation])), len(LARGEST[generation])
+        offered = ", ".join(map(_text, FLAT))
+        if generation in LARGEST:
+            offered = (
+                f"{', '.join(map(_text, SMALL))}, or multiples of 4 chips in three directions, the shortest first, "
+                f"up to {_text(LARGEST[generation])}"
+            )
         raise UserError(
-            f"There is no TPU topology {topology!r}: slices of {generation} have {directions} directions, "
-            f"hosts of 2x2 chips, and at most {largest} chips. The nearest is {nearest}."
+            f"There is no TPU topology {topology!r}: slices of {generation} are {offered}. The nearest is {nearest}."
         )
     if importlib.util.find_spec("libtpu") is None:
         raise UserError("Compiling for a TPU needs its compiler, libtpu: pip install 'jmoe[plan]'.")
@@ -67,34 +76,41 @@ def topology_devices(topology: str) -> tuple[jax.Device, ...]:
     except jax.errors.JaxRuntimeError as error:
         reason = " ".join(str(error).split())
         raise UserError(
-            f"libtpu refuses the topology {topology!r}: {reason} Hosts have 2x2 chips, so that v5e:2x2, v5e:4x4 or "
-            "v5p:2x2x1 exist."
+            f"libtpu refuses the topology {topology!r}: {reason} See whether another program uses "
+            "libtpu, and whether it knows this generation."
         ) from None
 
 
 def nearest_topology(topology: str) -> str:
-    """The topology that exists and has about as many chips in each direction; the same where it exists.
+    """The slice that is offered and has about as many chips in each direction, in whatever order; the same if it is.
 
     Args:
       topology: such as "v5e:3x5", of a generation that exists.
     """
     generation, _, shape = topology.partition(":")
-    largest = LARGEST[generation]
-    sizes = [int(size or 1) for size in shape.split("x")]
-    if len(largest) == 2 and all(size == 1 for size in sizes):
-        return ONE_CHIP[generation]
-    if len(sizes) < len(largest):
-        sizes += [1] * (len(largest) - len(sizes))
-    elif len(sizes) > len(largest):  # the chips of further directions go to the last
-        kept = len(largest)
-        sizes = [*sizes[: kept - 1], math.prod(sizes[kept - 1 :])]
-    # A host has two chips in each of the first two directions.
-    sizes = [max(2, size + size % 2) if d < 2 else max(1, size) for d, size in enumerate(sizes)]
-    # The largest slice lies any way round.
-    order = sorted(range(len(sizes)), key=lambda d: sizes[d])
-    for d, limit in zip(order, sorted(largest), strict=True):
-        sizes[d] = min(sizes[d], limit)
-    return f"{generation}:{'x'.join(map(str, sizes))}"
+    sizes = [max(1, int(size or 1)) for size in shape.split("x")]
+    offered = _offered(generation)
+    directions = len(offered[0])
+    sizes += [1] * (directions - len(sizes))
+    sizes = sorted([*sizes[: directions - 1], math.prod(sizes[directions - 1 :])])  # the last has what is left over
+
+    def distance(slice_: tuple[int, ...]) -> tuple[float, int]:
+        ratios = (math.log(has / wanted) for has, wanted in zip(sorted(slice_), sizes, strict=True))
+        return sum(ratio**2 for ratio in ratios), -math.prod(slice_)  # the larger of two as near
+
+    return f"{generation}:{_text(min(offered, key=distance))}"
+
+
+def _offered(generation: str) -> list[tuple[int, ...]]:
+    """The chips in each direction of every slice of a generation."""
+    if generation not in LARGEST:
+        return list(FLAT)
+    large = itertools.product(*(range(4, limit + 1, 4) for limit in LARGEST[generation]))
+    return [*SMALL, *(sizes for sizes in large if sorted(sizes) == list(sizes))]
+
+
+def _text(sizes: Sequence[int]) -> str:
+    return "x".join(map(str, sizes))
 
 
 def compile_for_chip(generation: str, function: Callable[..., Any], *shapes: Any) -> jax.stages.Compiled:

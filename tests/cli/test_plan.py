@@ -156,7 +156,7 @@ def test_a_mesh_is_written_as_axes_with_numbers():
     [
         (
             ["--topology", "v5e:3x3"],
-            "There is no TPU topology 'v5e:3x3': slices of v5e have 2 directions, hosts of 2x2",
+            "There is no TPU topology 'v5e:3x3': slices of v5e are 1x1, 2x2, 2x4",
         ),
         (["--topology", "v9:2x2"], "There is no TPU topology 'v9:2x2'; use one of v4, v5e, v5p, v6e"),
         (["--topology", "v5e:2x2", "--mesh", "data=3"], "Mesh(data=3) is for a multiple of 3 devices; there are 4:"),
