@@ -10,10 +10,15 @@ evaluation returns that), "label" int32 [B], and "mask" bool [B], which is False
 one-hot labels and mixup are left to the device.
 """
 
+import contextlib
 import dataclasses
 import functools
 import logging
+import multiprocessing
+import multiprocessing.resource_tracker
+import os
 import signal
+import threading
 import typing
 import weakref
 from collections.abc import Iterator, Sequence
@@ -90,6 +95,7 @@ class Batches(Iterator[dict[str, np.ndarray]]):
         if num_workers:
             if not flags.FLAGS.is_parsed():
                 flags.FLAGS.mark_as_parsed()  # grain reads a flag of its own, and fails in programs without absl's main
+            multiprocessing.resource_tracker.ensure_running()  # here, as it lets SIGTERM through to who starts it
             options = grain.MultiprocessingOptions(num_workers=num_workers, per_worker_buffer_size=2)
             dataset = dataset.mp_prefetch(options, worker_init_fn=_start_worker)
         self._open: list[Any] = [iter(dataset)]  # empty once closed
@@ -99,7 +105,8 @@ class Batches(Iterator[dict[str, np.ndarray]]):
         if not self._open:
             raise StopIteration
         try:
-            batch = next(self._open[0])
+            with _sigterm_held() if self._copy else contextlib.nullcontext():
+                batch = next(self._open[0])
         except BaseException as error:  # StopIteration, or an error after which there is nothing more to read
             self.close()
             if isinstance(error, RuntimeError) and "process was terminated" in str(error):
@@ -368,9 +375,36 @@ def _close(iterators: list[Any]) -> None:
         iterators.pop().close()
 
 
+@contextlib.contextmanager
+def _sigterm_held() -> Iterator[None]:
+    """Keeps SIGTERM from this thread, and for good from the threads and processes that it starts meanwhile.
+
+    Other threads of this process get it, or this one afterwards.
+    """
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
 def _start_worker(index: int, count: int) -> None:
-    """Leaves Ctrl-C to the process that started the worker, which ends it; and threads to the other workers."""
+    """Leaves signals to the process that started the worker, and threads to the other workers.
+
+    Ctrl-C and many schedulers signal all processes of a job at once. A run needs its workers until it has finished its
+    step; then it ends them, and where it cannot, as it was killed, they see that it is gone.
+    """
     import cv2
 
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    threading.Thread(target=_end_with_parent, name="jmoe-parent", daemon=True).start()
     cv2.setNumThreads(0)
+
+
+def _end_with_parent() -> None:
+    """Ends this worker when the process that started it has ended."""
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    parent.join()
+    os._exit(1)

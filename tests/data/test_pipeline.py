@@ -1,7 +1,11 @@
 import dataclasses
 import logging
 import os
+import pathlib
 import signal
+import subprocess
+import sys
+import time
 
 import numpy as np
 import pytest
@@ -388,6 +392,46 @@ def test_a_killed_worker_is_an_error_and_not_a_hang():
 
     with pytest.raises(UserError, match="A process that reads data was killed, perhaps for lack of memory"):
         take(5, DataConfig(Fatal(), 5, num_workers=1), seed=0)
+
+
+def test_workers_leave_sigterm_to_the_run_which_needs_them_to_finish_its_step():
+    parent = os.getpid()
+
+    class Signalled(InMemory):
+        def __getitem__(self, index):
+            if os.getpid() != parent:
+                # Blocked already when the process was started: the signal can come while it imports.
+                assert signal.SIGTERM in signal.pthread_sigmask(signal.SIG_BLOCK, [])
+                assert signal.getsignal(signal.SIGTERM) == signal.SIG_IGN
+                os.kill(os.getpid(), signal.SIGTERM)
+            return super().__getitem__(index)
+
+    class Source(Numbered):
+        def open(self, split):
+            return Signalled(**vars(super().open(split)))
+
+    assert len(take(3, DataConfig(Source(), 5, num_workers=2), seed=0)) == 3
+    assert signal.SIGTERM not in signal.pthread_sigmask(signal.SIG_BLOCK, [])
+
+
+@pytest.mark.slow
+def test_no_worker_outlives_a_run_that_was_killed():
+    program = (
+        "import os, multiprocessing\n"
+        "from jmoe.data import DataConfig, train_batches\n"
+        "from tests.data.test_pipeline import Numbered\n"
+        "batches = train_batches(DataConfig(Numbered(), 5, num_workers=2), seed=0)\n"
+        "next(batches), next(batches)\n"
+        "print(*[child.pid for child in multiprocessing.active_children()], flush=True)\n"
+        "os._exit(1)\n"
+    )
+    ended = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=60)
+    workers = [int(pid) for pid in ended.stdout.split()]
+    assert len(workers) == 2, ended.stderr
+    deadline = time.monotonic() + 10
+    while any(pathlib.Path(f"/proc/{pid}/cmdline").exists() for pid in workers):
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
 
 
 def test_no_batches_come_after_closing():

@@ -1,9 +1,11 @@
 """Runs of several processes: stopped by force or by a signal, resumed by another number, and the same in the end."""
 
+import os
 import pathlib
 import shutil
 import signal
 import sys
+import time
 
 import jax
 import numpy as np
@@ -43,9 +45,9 @@ def experiment(tmp_path_factory):
     return path
 
 
-def run(experiment, workdir, count):
+def run(experiment, workdir, count, *options):
     """Starts a run of so many processes; a context manager."""
-    command = [sys.executable, "-m", "jmoe", "train", str(experiment), "--workdir", str(workdir)]
+    command = [sys.executable, "-m", "jmoe", "train", str(experiment), "--workdir", str(workdir), *options]
     if count > 1:
         command += ["--coordinator", "{coordinator}", "--processes", "{processes}", "--process", "{process}", "--local"]
     return processes.start([command] * count)
@@ -123,3 +125,28 @@ def test_a_signal_to_one_process_stops_all_after_the_same_step(experiment, unint
     assert folders.latest(tmp_path / folders.CHECKPOINTS) == step
     finish(experiment, tmp_path, 2)
     check_equal(final_state(experiment, tmp_path), uninterrupted, 1e-5)
+
+
+@pytest.mark.slow
+def test_a_signal_to_all_processes_of_a_job_loses_nothing_and_leaves_none(experiment, tmp_path):
+    with run(experiment, tmp_path, 1, "--set", "data.num_workers=2") as running:
+        running.wait_for(0, f"step 10/{STEPS}", 200)
+        group = running._popens[0].pid
+        os.killpg(group, signal.SIGTERM)  # with the workers that read the data
+        (ended,) = running.wait(60)
+        assert ended.status == 128 + signal.SIGTERM, ended.stderr
+        step = int(ended.stderr.split("Stopped after step ")[1].split()[0])
+        assert folders.latest(tmp_path / folders.CHECKPOINTS) == step >= 10
+        deadline = time.monotonic() + 10
+        while is_there(group):
+            assert time.monotonic() < deadline, "a process of the run is left"
+            time.sleep(0.05)
+
+
+def is_there(group):
+    """Whether a process group has any process."""
+    try:
+        os.killpg(group, 0)
+    except ProcessLookupError:
+        return False
+    return True
