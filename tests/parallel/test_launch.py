@@ -26,9 +26,10 @@ def commands(text):
     text = re.sub(r"\\\n\s*", " ", text)
     found = []
     for line in re.findall(
-        r"^[ \t]*(?:exec |nohup |srun [-=\w ]*|CUDA_VISIBLE_DEVICES=\S+ +)?(jmoe train .*)", text, re.M
+        r"(?:^|&&)[ \t]*(?:exec |nohup |srun [-=\w ]*|CUDA_VISIBLE_DEVICES=\S+ +)?(jmoe train .*)", text, re.M
     ):
         line = re.split(r" > | &$", line)[0]
+        line = line.removesuffix("'")  # of a command in quotes
         line = re.sub(r"\$\{?(\w+)\}?", lambda match: VARIABLES.get(match[1], "/runs"), line)
         found.append(shlex.split(line))
     return found
@@ -76,6 +77,28 @@ def test_the_job_set_gives_every_host_of_the_slice_a_pod():
     assert (rule["action"], rule["onExitCodes"]["values"]) == ("FailJob", [2])
     assert rule["onExitCodes"]["containerName"] == container["name"]
     assert {mount["name"] for mount in container["volumeMounts"]} == {volume["name"] for volume in pod["volumes"]}
+
+
+def called_by(script, program, folder, **environment):
+    """The arguments of each call of a program that a script makes, which here only notes them."""
+    (folder / program).write_text(
+        f'#!/usr/bin/env bash\nfor word in "$@"; do printf "%s\\0" "$word"; done > {folder}/call-$$\n'
+    )
+    (folder / program).chmod(0o755)
+    bash = shutil.which("bash") or "bash"
+    environment = {"PATH": f"{folder}:/usr/bin:/bin", **environment}
+    subprocess.run([bash, str(LAUNCH / script)], env=environment, timeout=20, check=True)
+    return [call.read_text().split("\0")[:-1] for call in folder.glob("call-*")]
+
+
+def test_xpk_gets_a_command_of_one_line_and_the_statuses_to_start_again_after(tmp_path):
+    (words,) = called_by("xpk.sh", "xpk", tmp_path)
+    options = dict(word.removeprefix("--").split("=", 1) for word in words if word.startswith("--"))
+    assert "\n" not in options["command"]
+    assert options["command"].split(" && ")[0] == "cd /jmoe"
+    # What xpk restarts after by itself begins at 127; 2, a mistake, must not be among them.
+    assert options["restart-on-exit-codes"] == f"{LOST},{STUCK}"
+    assert int(options["termination-grace-period-seconds"]) >= 120
 
 
 def test_the_table_of_statuses_is_that_of_the_program():
