@@ -1,6 +1,6 @@
 """Two tables about layouts of a V-MoE over TPU chips, by the compiler's bound: nothing is run, no TPU is needed.
 
-    python benchmarks/layouts.py reference [--topology v5e:4x4] [--images 8] [--json]
+    python benchmarks/layouts.py reference [--topology v5e:4x4] [--images 16] [--json]
     python benchmarks/layouts.py scaling [--topologies v5e:2x4 v5e:16x16] [--images 16] [--json]
 
 `reference` puts jmoe beside the layout of google-research/vmoe: two axes of the mesh, everything but experts on every
@@ -199,7 +199,8 @@ class Cell:
     Attributes:
       part: "layer", value and gradient of a sparse layer as it is in training; or the whole training step of a model
         with sparse layers "last-2" or "every-2".
-      exchange: of LAYOUTS.
+      recipe: "pre-training", the experiment as it is, or "fine-tuning" of it.
+      layout: a name in LAYOUTS.
       topology: the slice.
       data: copies of everything but the experts.
       expert: parts of the experts.
@@ -208,7 +209,8 @@ class Cell:
     """
 
     part: str
-    exchange: str
+    recipe: str
+    layout: str
     topology: str
     data: int
     expert: int
@@ -219,18 +221,18 @@ class Cell:
     def name(self) -> str:
         """Unique among cells."""
         return (
-            f"{self.part} {self.exchange} {self.topology} data={self.data},expert={self.expert} "
+            f"{self.recipe} {self.part} {self.layout} {self.topology} data={self.data},expert={self.expert} "
             f"{self.images}x{self.image_size}px"
         )
 
     def config(self, experiment: TrainConfig) -> TrainConfig:
-        """The experiment with the cell's images, mesh, placement and method; fine-tuning if they are large."""
-        if self.image_size == LARGE:
+        """The experiment with the cell's images, mesh, placement and method, by the recipe."""
+        if self.recipe == "fine-tuning":
             experiment = apply_overrides(experiment, FINE_TUNING)
         model = experiment.model
         assert model.moe is not None
         layers = model.moe.layers if self.part == "layer" else self.part
-        moe = dataclasses.replace(model.moe, layers=layers, method=LAYOUTS[self.exchange].method)
+        moe = dataclasses.replace(model.moe, layers=layers, method=LAYOUTS[self.layout].method)
         batch_size = self.images * self.data * self.expert
         return dataclasses.replace(
             experiment,
@@ -248,7 +250,7 @@ def measure(cell: Cell, experiment: TrainConfig) -> dict[str, Any]:
         into the memory of a chip.
     """
     config, devices = cell.config(experiment), topology_devices(cell.topology)
-    layout = LAYOUTS[cell.exchange]
+    layout = LAYOUTS[cell.layout]
     if cell.part == "layer":
         assert config.model.moe is not None
         mesh = build(config.mesh, devices, config.model.moe.num_experts)
@@ -325,13 +327,13 @@ class Store:
     """What was read off programs, kept in a file by the names of cells."""
 
     def __init__(self, path: pathlib.Path, experiment: TrainConfig, again: str | None = None):
-        """Reads the file if there is one; what it has of the exchange `again`, or of "all", is compiled as well."""
+        """Reads the file if there is one; what it has of the layout `again`, or of "all", is compiled as well."""
         self.path, self.experiment, self.again = path, experiment, again
         self.known: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {}
 
     def __getitem__(self, cell: Cell) -> dict[str, Any]:
         """The figures of a cell, compiled if the file lacks them."""
-        if self.again in (cell.exchange, "all") or cell.name not in self.known:
+        if self.again in (cell.layout, "all") or cell.name not in self.known:
             started = time.monotonic()
             _say(f"{cell.name}: compiling")
             found = measure(cell, self.experiment)
@@ -359,7 +361,8 @@ def reference(store: Store, topology: str, images: int, parts: Sequence[str]) ->
         pair = {
             name: Cell(
                 part=part,
-                exchange=name,
+                recipe="fine-tuning",
+                layout=name,
                 topology=topology,
                 data=mesh["data"],
                 expert=mesh["expert"],
@@ -402,7 +405,8 @@ def scaling(store: Store, topologies: Sequence[str], images: int) -> dict[str, A
             mesh = build(Mesh(expert=expert), topology_devices(topology), model.moe.num_experts).shape
             cell = Cell(
                 part=model.moe.layers,
-                exchange=layout,
+                recipe="pre-training",
+                layout=layout,
                 topology=topology,
                 data=mesh["data"],
                 expert=mesh["expert"],

@@ -61,7 +61,7 @@ def store(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize(("ours", "status", "verdict"), [(49.9, 0, "met"), (50.1, 1, "MISSED")])
 def test_the_layer_is_held_against_half_of_the_reference(ours, status, verdict, store, capsys):
-    path = store(lambda cell: {"jmoe": ours, "reference": 100.0, "reference-async": 80.0}[cell.exchange])
+    path = store(lambda cell: {"jmoe": ours, "reference": 100.0, "reference-async": 80.0}[cell.layout])
     arguments = ["reference", "--only", "layer", "--results", str(path)]
     assert layouts.main(arguments) == status
     printed = capsys.readouterr().out
@@ -75,7 +75,7 @@ def test_the_layer_is_held_against_half_of_the_reference(ours, status, verdict, 
 
 
 def test_steps_are_held_against_what_their_placement_allows(store, capsys):
-    path = store(lambda cell: 80.0 if cell.exchange == "jmoe" else 100.0)
+    path = store(lambda cell: 80.0 if cell.layout == "jmoe" else 100.0)
     assert layouts.main(["reference", "--only", "last-2", "--results", str(path)]) == 0
     assert layouts.main(["reference", "--only", "every-2", "--results", str(path)]) == 1
     printed = capsys.readouterr().out
@@ -86,7 +86,7 @@ def test_steps_are_held_against_what_their_placement_allows(store, capsys):
 @pytest.mark.parametrize(("many", "status", "verdict"), [(110.0, 0, "met"), (112.0, 1, "MISSED")])
 def test_scaling_is_the_bound_on_few_chips_over_that_on_many(many, status, verdict, store, capsys):
     def milliseconds(cell):
-        few = 100.0 if cell.exchange == "jmoe-sync" else 80.0
+        few = 100.0 if cell.layout == "jmoe-sync" else 80.0
         return 200.0 if cell.expert == 1 else many if cell.data == 32 else few
 
     path = store(milliseconds)
@@ -122,7 +122,7 @@ def test_nothing_is_compiled_twice_unless_it_is_asked_for(store, monkeypatch, ca
     assert capsys.readouterr().err.count("compiling") == 3
     layouts.main([*arguments, "--again", "jmoe"])
     assert capsys.readouterr().err == "".join(
-        f"layer jmoe v5e:4x4 data=2,expert=8 16x384px: {what}\n" for what in ("compiling", "0 s")
+        f"fine-tuning layer jmoe v5e:4x4 data=2,expert=8 16x384px: {what}\n" for what in ("compiling", "0 s")
     )
 
 
@@ -157,7 +157,7 @@ def test_figures_that_are_kept_are_of_the_cell_and_add_up(name):
 
 def test_the_reference_sends_tokens_as_published():
     """Four exchanges along expert, forward and backward of each sparse layer, and no token is sent to all."""
-    found = KEPT["layer reference v5e:4x4 data=2,expert=8 16x384px"]["figures"]["traffic"]
+    found = KEPT["fine-tuning layer reference v5e:4x4 data=2,expert=8 16x384px"]["figures"]["traffic"]
     exchanges = [row for row in found if row["kind"] == "all-to-all"]
     assert [(row["axes"], row["count"]) for row in exchanges] == [(["expert"], 4)]
     slots = 2 * 8 * 1732 * 768 * 2  # of 2 groups of 8 images: G * E * C * D in bfloat16
@@ -181,9 +181,18 @@ def small_model(dtype="bfloat16"):
     )
 
 
-@pytest.mark.parametrize("exchange", layouts.LAYOUTS)
-def test_a_layer_compiled_for_four_chips_sends_slots_along_expert_alone(exchange):
-    cell = Cell(part="layer", exchange=exchange, topology="v5e:2x2", data=2, expert=2, images=2, image_size=16)
+@pytest.mark.parametrize("layout", layouts.LAYOUTS)
+def test_a_layer_compiled_for_four_chips_sends_slots_along_expert_alone(layout):
+    cell = Cell(
+        part="layer",
+        recipe="pre-training",
+        layout=layout,
+        topology="v5e:2x2",
+        data=2,
+        expert=2,
+        images=2,
+        image_size=16,
+    )
     config = tiny_config(model=small_model())
     figures = measure(cell, config)
     exchanges = [row for row in figures["traffic"] if row["kind"] == "all-to-all"]
@@ -192,7 +201,7 @@ def test_a_layer_compiled_for_four_chips_sends_slots_along_expert_alone(exchange
     assert sum(row["bytes"] for row in exchanges) == 4 * (4 * capacity * 128 * 2)
     assert {row["kind"] for row in figures["traffic"]} <= {"all-to-all", "all-reduce"}
     assert figures["seconds"] >= sum(figures[part] for part in ("compiler", "kernels", "others", "collectives"))
-    assert (figures["kernels"] > 0) == exchange.startswith("jmoe")
+    assert (figures["kernels"] > 0) == layout.startswith("jmoe")
 
 
 def test_published_products_move_tokens_as_masks_do():
@@ -259,7 +268,7 @@ def compare_on_eight_devices(data, expert):
     config = dataclasses.replace(config, data=dataclasses.replace(config.data, batch_size=32))
     mesh = Mesh(data=data, expert=expert)
     found = {"one": three_steps(dataclasses.replace(config, mesh=Mesh()), None, jax.devices()[:1])}
-    for name, (exchange, method) in layouts.EXCHANGES.items():
+    for name, (_, exchange, method) in layouts.LAYOUTS.items():
         moved = dataclasses.replace(moe, method=method)
         there = dataclasses.replace(config, mesh=mesh, model=dataclasses.replace(model, moe=moved))
         found[name] = three_steps(there, exchange, jax.devices())
@@ -269,7 +278,7 @@ def compare_on_eight_devices(data, expert):
 @pytest.mark.slow
 def test_compiling_again_gives_the_same_figures(tmp_path):
     """Of the same versions; with others the compiler may do as it likes."""
-    name = "layer reference v5e:4x4 data=2,expert=8 16x384px"
+    name = "fine-tuning layer reference v5e:4x4 data=2,expert=8 16x384px"
     before = KEPT[name]
     store = Store(tmp_path / "results.json", EXPERIMENT)
     after = store[Cell(**before["cell"])]
