@@ -1,7 +1,9 @@
 """What a reader of a plan should know or change, in sentences with numbers."""
 
+import dataclasses
 import math
 from collections.abc import Iterator
+from typing import Any
 
 import jax
 
@@ -11,6 +13,7 @@ from jmoe.parallel.mesh import BATCH
 from jmoe.parallel.topology import nearest_topology, topology_devices
 from jmoe.plan.memory import gib, kept
 from jmoe.plan.result import Plan, mesh_text
+from jmoe.train.compiled import check_batch
 from jmoe.train.config import TrainConfig
 from jmoe.train.state import TrainState
 
@@ -50,7 +53,8 @@ def _remedies(config: TrainConfig, plan: Plan, mesh: jax.sharding.Mesh, state: T
             f"{gib(works)} of temporary memory, for about a third more FLOPs."
         )
     images = config.data.batch_size // config.accumulate // math.prod(mesh.shape[axis] for axis in BATCH)
-    parts = next((n for n in _divisors(images) if n > 1 and works / n < room), None)
+    fewer = (n for n in _divisors(images) if n > 1 and works / n < room)
+    parts = next((n for n in fewer if _can_be(config, mesh, accumulate=n * config.accumulate)), None)
     if parts:
         found.append(
             f"--set accumulate={parts * config.accumulate} computes the {images} images of a chip in {parts} parts: "
@@ -87,20 +91,32 @@ def _more_sharded(config: TrainConfig, plan: Plan, mesh: jax.sharding.Mesh, stat
 
 
 def _larger(config: TrainConfig, plan: Plan, mesh: jax.sharding.Mesh, state: TrainState) -> Iterator[str]:
-    """A slice of twice the chips, if there is one and the batch can be split as far."""
+    """A slice of twice the chips, if there is one and the batch can be divided as far."""
     generation, _, shape = plan.topology.partition(":")
     sizes = [int(size) for size in shape.split("x")]
     smallest = max(d for d, size in enumerate(sizes) if size == min(sizes))
     topology = nearest_topology(f"{generation}:{'x'.join(str(s * (1 + (d == smallest))) for d, s in enumerate(sizes))}")
-    chips = plan.chips * 2
-    images = config.data.batch_size // config.accumulate
-    try:
-        if len(topology_devices(topology)) != chips:
-            return
-    except UserError:
+    if math.prod(int(size) for size in topology.partition(":")[2].split("x")) != 2 * plan.chips:
         return
-    if images % (chips // mesh.shape["model"]) == 0:
-        yield f"--topology {topology} has twice the chips, with half of the images and activations on each."
+    axes = dict(mesh.shape) | {"data": 2 * mesh.shape["data"]}
+    for asked, more in ((config.mesh, ""), (Mesh(**axes), f" --mesh {mesh_text(axes)}")):
+        try:
+            built = build(asked, topology_devices(topology), _experts(config))
+        except UserError:
+            continue
+        if _can_be(config, built):
+            yield f"--topology {topology}{more} has twice the chips, with half of the images and activations on each."
+            return
+
+
+def _can_be(config: TrainConfig, mesh: jax.sharding.Mesh, **changes: Any) -> bool:
+    """Whether the experiment with these changes is one that a mesh can take."""
+    try:
+        changed = dataclasses.replace(config, **changes)
+        check_batch(changed.data.batch_size // changed.accumulate, changed, mesh)
+    except ValueError:  # a UserError, too: of the configuration, or of the division among devices
+        return False
+    return True
 
 
 def _experts(config: TrainConfig) -> int | None:

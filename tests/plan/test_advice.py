@@ -4,14 +4,18 @@ import re
 import pytest
 
 from jmoe.analysis.bound import Bound
+from jmoe.cli.plan import parse_mesh
 from jmoe.parallel import Mesh, build, topology_devices
 from jmoe.plan.advice import advice
 from jmoe.plan.memory import abstract_state, kept
 from jmoe.plan.result import Memory, Plan
+from jmoe.train.compiled import check_batch, mesh_of
 from jmoe.train.optimizer import SGD, AdamW
+from jmoe.train.overrides import apply_overrides
 from tests.train.tiny import tiny_config
 
 GIB = 2**30
+SLICE = topology_devices("v5e:4x4")
 
 
 def advise(config, *, topology="v5e:4x4", mesh=None, peak=40 * GIB, available=15 * GIB, bound=None, **fields):
@@ -34,9 +38,11 @@ def advise(config, *, topology="v5e:4x4", mesh=None, peak=40 * GIB, available=15
     return advice(config, plan, built, state)
 
 
-def large(**changes):
+def large(*, batch_size=16 * 12, images_per_group=1, **changes):
     config = tiny_config(optimizer=AdamW(peak_lr=1e-2), **changes)
-    return dataclasses.replace(config, data=dataclasses.replace(config.data, batch_size=16 * 12))
+    moe = dataclasses.replace(config.model.moe, images_per_group=images_per_group)
+    model, data = dataclasses.replace(config.model, moe=moe), dataclasses.replace(config.data, batch_size=batch_size)
+    return dataclasses.replace(config, model=model, data=data)
 
 
 def test_advice_has_the_numbers_of_the_plan():
@@ -60,6 +66,30 @@ def test_accumulation_that_is_set_is_multiplied():
     assert any(line.startswith("--set accumulate=12 computes the 4 images of a chip in 4 parts") for line in lines)
 
 
+@pytest.mark.parametrize(
+    ("mesh", "images_per_group", "accumulate"),
+    [(Mesh(), 8, 1), (Mesh(data=16, expert=1), 6, 2), (Mesh(fsdp=2, model=2), 3, 1)],
+)
+def test_what_is_advised_is_not_refused(mesh, images_per_group, accumulate):
+    config = large(batch_size=16 * 48, images_per_group=images_per_group, accumulate=accumulate, mesh=mesh)
+    lines = advise(config, mesh=mesh)
+    sets = [found[1] for line in lines if (found := re.match(r"--set (accumulate=\d+|data\.batch_size=\d+) ", line))]
+    assert len(sets) == 2  # 34 GiB and 9 left: 4 parts of whole groups, or 6 where 4 cut one
+    for one in sets:
+        changed = apply_overrides(config, [one])
+        check_batch(changed.data.batch_size // changed.accumulate, changed, mesh_of(changed, SLICE))
+    (more,) = [found for line in lines if (found := re.match(r"--topology (\S+)(?: --mesh (\S+))? has twice", line))]
+    changed = dataclasses.replace(config, mesh=parse_mesh(more[2])) if more[2] else config
+    check_batch(16 * 48 // accumulate, changed, mesh_of(changed, topology_devices(more[1])))
+    assert (more[2] is None) == (mesh.data is None)
+
+
+def test_no_part_of_a_batch_cuts_a_group():
+    config = large(batch_size=16 * 16, images_per_group=8)  # on each chip two groups, which 4 parts would cut
+    assert not any("accumulate" in line or "batch_size" in line for line in advise(config))
+    assert any(line.startswith("--set accumulate=2 computes the 16 images") for line in advise(config, peak=20 * GIB))
+
+
 def test_what_is_done_already_is_not_advised():
     config = large()
     config = dataclasses.replace(
@@ -71,12 +101,11 @@ def test_what_is_done_already_is_not_advised():
 
 
 def test_more_chips_are_advised_where_the_batch_splits_and_they_exist():
-    config = large()
-    config = dataclasses.replace(config, data=dataclasses.replace(config.data, batch_size=16 * 16))
+    config = large(batch_size=16 * 16)
     assert any(line.startswith("--topology v5e:4x8 has twice the chips") for line in advise(config))
-    odd = dataclasses.replace(config, data=dataclasses.replace(config.data, batch_size=16 * 3))
-    assert not any("--topology" in line for line in advise(odd))
-    largest = dataclasses.replace(config, data=dataclasses.replace(config.data, batch_size=512 * 4))
+    assert not any("--topology" in line for line in advise(large(batch_size=16 * 3)))
+    assert not any("--topology" in line for line in advise(large(images_per_group=4)))  # 3 groups a chip
+    largest = large(batch_size=512 * 4)
     lines = advise(largest, topology="v5e:16x16", mesh=Mesh(data=256, expert=1))
     assert not any("--topology" in line for line in lines)
 
@@ -114,7 +143,6 @@ def test_what_saves_next_to_nothing_is_not_advised():
 
 @pytest.mark.parametrize("images", [16 * 4, 16])
 def test_a_chip_with_nothing_left_gets_no_advice_to_accumulate(images):
-    config = large()
-    config = dataclasses.replace(config, data=dataclasses.replace(config.data, batch_size=images))
+    config = large(batch_size=images)
     lines = advise(config, parameters=14 * GIB)
     assert not any("accumulate" in line for line in lines)
