@@ -40,6 +40,7 @@ def advise(config, *, topology="v5e:4x4", mesh=None, peak=40 * GIB, available=15
 
 def large(*, batch_size=16 * 12, images_per_group=1, **changes):
     config = tiny_config(optimizer=AdamW(peak_lr=1e-2), **changes)
+    assert config.model.moe is not None
     moe = dataclasses.replace(config.model.moe, images_per_group=images_per_group)
     model, data = dataclasses.replace(config.model, moe=moe), dataclasses.replace(config.data, batch_size=batch_size)
     return dataclasses.replace(config, model=model, data=data)
