@@ -49,14 +49,17 @@ def run(args: argparse.Namespace) -> int:
     choices = [(args.topology, args.mesh), *(_choice(args, text) for text in args.compare)]
     meshes = [None if text is None else parse_mesh(text) for _, text in choices]
 
-    from jmoe.plan import plan, sweep
+    from jmoe.plan import check, plan, sweep
 
     head = {"experiment": args.experiment, "command": _command(args)}
     if args.sweep:
         found = sweep(config, args.topology, tries=args.tries or 6, progress=_say)
         print(json.dumps(head | found.to_json(), indent=2) if args.json else _ranking(found))
         return 0
-    plans = [plan(config, topology, mesh, progress=_say) for (topology, _), mesh in zip(choices, meshes, strict=True)]
+    asked = [(topology, mesh) for (topology, _), mesh in zip(choices, meshes, strict=True)]
+    for topology, mesh in asked:  # all, before the first is compiled for minutes
+        check(config, topology, mesh)
+    plans = [plan(config, topology, mesh, progress=_say) for topology, mesh in asked]
     if args.json:
         found = plans[0].to_json() if len(plans) == 1 else {"plans": [one.to_json() for one in plans]}
         print(json.dumps(head | found, indent=2))

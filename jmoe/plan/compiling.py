@@ -17,7 +17,7 @@ from jmoe.parallel.topology import compiling_for
 from jmoe.plan import memory
 from jmoe.plan.advice import advice
 from jmoe.plan.result import Plan, mesh_text
-from jmoe.train.compiled import make_program
+from jmoe.train.compiled import check_batch, make_program, mesh_of
 from jmoe.train.config import TrainConfig
 
 logger = logging.getLogger(__name__)
@@ -96,6 +96,18 @@ def plan(
         bound=bound(text, chip, mesh=built.shape, coordinates=[device.coords for device in built.devices.flat]),
     )
     return dataclasses.replace(result, notes=advice(config, result, built, program.state))
+
+
+def check(config: TrainConfig, topology: str, mesh: Mesh | None = None) -> None:
+    """Raises the UserError of `plan` for what can be known without compiling: topology, mesh, batch, heads.
+
+    Args:
+      config: the experiment.
+      topology: such as "v5e:16x16".
+      mesh: of its chips; None for that of the experiment.
+    """
+    config = config if mesh is None else dataclasses.replace(config, mesh=mesh)
+    check_batch(config.data.batch_size // config.accumulate, config, mesh_of(config, topology_devices(topology)))
 
 
 def versions() -> dict[str, str]:

@@ -113,11 +113,27 @@ def test_plans_side_by_side_are_columns(asked, capsys):
         ("v5e:2x2", Mesh(data=2, expert=2), 0),
         ("v5p:2x2x1", Mesh(data=4), 0),
     ]
-    lines = {line[:22].strip(): line[22:].split() for line in capsys.readouterr().out.splitlines()}
+    _, *shown = capsys.readouterr().out.splitlines()
+    lines = {line[:22].strip(): line[22:].split() for line in shown}
     assert lines["topology"] == ["v5e:2x2", "v6e:2x2", "v5e:2x2", "v5p:2x2x1"]
     assert lines["fits"] == ["yes", "NO", "yes", "yes"]
     assert lines["step ms, at least"] == ["73.00", "-", "73.00", "73.00"]
     assert "It does not fit: a chi" in lines
+
+
+@pytest.mark.parametrize(
+    ("last", "sentence"),
+    [
+        ("v5e:3x3", "There is no TPU topology 'v5e:3x3'"),
+        ("data=3", "Mesh(data=3) is for a multiple of 3 devices; there are 4"),
+        ("v5e:8x8", "128 images in groups of 8 cannot be divided among 64 devices"),
+        ("v5e:2x4/model=8", "model=8 does not divide the "),
+    ],
+)
+def test_a_mistake_in_the_last_of_several_costs_nothing(last, sentence, asked, capsys):
+    assert main(["plan", EXPERIMENT, "--topology", "v5e:2x2", "--compare", "v6e:2x2", last]) == 2
+    assert capsys.readouterr().err.startswith(f"jmoe: {sentence}")
+    assert asked == []
 
 
 def test_plans_side_by_side_are_a_list_in_json(asked, capsys):
