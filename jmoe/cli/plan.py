@@ -14,6 +14,7 @@ if TYPE_CHECKING:  # nothing heavy is imported before a command runs
     from jmoe.plan import Plan, Sweep
 
 SUMMARY = "Compiles the training step for a TPU slice, without TPUs: memory, FLOPs, traffic, time and cost at least."
+SIDE_BY_SIDE = "compiled, not run; amounts per chip and step; temporary is activations, gradients and workspace"
 EXAMPLE = "jmoe plan experiments/vmoe_h14_imagenet21k.py --topology v5p:8x8x8"
 
 
@@ -107,7 +108,8 @@ def one_plan(experiment: str, plan: "Plan") -> str:
         "batch": memory.batch,
         "temporary": memory.temporary,
     }
-    lines += [f"  {name:<14}{_gib(size):>10}" for name, size in parts.items()]
+    said = {"temporary": ": activations, gradients and workspace"}  # the compiler counts them as one
+    lines += [f"  {name:<14}{_gib(size):>10}{said.get(name, '')}" for name, size in parts.items()]
     verdict = "fits" if plan.fits else "DOES NOT FIT"
     lines.append(f"  {'peak':<14}{_gib(memory.peak):>10} of {_gib(memory.available)}: {verdict}")
     if bound is not None:
@@ -180,7 +182,7 @@ def side_by_side(plans: "list[Plan]") -> str:
         cells = (column[name].rjust(width) for column, width in zip(columns, widths, strict=True))
         lines.append(f"{name:<22}" + "  ".join(cells))
     notes = dict.fromkeys(note for plan in plans for note in plan.notes)
-    return "\n".join(["compiled, not run; amounts per chip and step", *lines, *notes])
+    return "\n".join([SIDE_BY_SIDE, *lines, *notes])
 
 
 def _ranking(sweep: "Sweep") -> str:

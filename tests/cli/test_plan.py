@@ -74,7 +74,7 @@ def test_a_plan_is_text_that_says_bound_and_chip(asked, capsys):
         "  optimizer          2.000",
         "  other state        0.000",
         "  batch              0.000",
-        "  temporary          3.000",
+        "  temporary          3.000: activations, gradients and workspace",
         "  peak               6.000 of 15.750: fits",
         "",
         "work of a chip in a step of 128 images",
@@ -113,7 +113,8 @@ def test_plans_side_by_side_are_columns(asked, capsys):
         ("v5e:2x2", Mesh(data=2, expert=2), 0),
         ("v5p:2x2x1", Mesh(data=4), 0),
     ]
-    _, *shown = capsys.readouterr().out.splitlines()
+    title, *shown = capsys.readouterr().out.splitlines()
+    assert title.endswith("temporary is activations, gradients and workspace")
     lines = {line[:22].strip(): line[22:].split() for line in shown}
     assert lines["topology"] == ["v5e:2x2", "v6e:2x2", "v5e:2x2", "v5p:2x2x1"]
     assert lines["fits"] == ["yes", "NO", "yes", "yes"]
