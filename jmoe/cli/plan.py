@@ -32,7 +32,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="other topologies, meshes, or both as v5e:8x8/data=8,expert=8, to show side by side with the first",
     )
     more.add_argument("--sweep", action="store_true", help="try the meshes that make sense, and rank those that fit")
-    parser.add_argument("--tries", metavar="N", type=int, help="how many meshes a sweep compiles (6)")
+    parser.add_argument(
+        "--tries", metavar="N", type=int, help="how many meshes a sweep compiles (6), and more until one fits"
+    )
     arguments.add_set(parser, "A.B.C=VALUE", "changes an option of the experiment; may be repeated")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
 

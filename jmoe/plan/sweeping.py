@@ -51,7 +51,7 @@ def sweep(
     Args:
       config: the experiment; its mesh is not read.
       topology: such as "v5e:16x16".
-      tries: how many are compiled.
+      tries: how many are compiled; more, one by one, as long as none of them fits.
       progress: is told what happens and how long it took.
 
     Raises:
@@ -77,13 +77,16 @@ def sweep(
         else:
             estimates.append((estimated_traffic(config, cost, mesh), name, mesh))
     estimates.sort(key=lambda one: one[:2])
-    for rank, (sent, name, _) in enumerate(estimates[tries:], tries + 1):
-        skipped[name] = (
-            f"number {rank} by an estimate of what a chip sends ({sent / 1e9:.2f} GB); --tries compiles more"
-        )
     plans, last = [], None
-    for i, (_, name, mesh) in enumerate(estimates[:tries], 1):
-        progress(f"[{i}/{min(tries, len(estimates))}] {name}")
+    for rank, (sent, name, mesh) in enumerate(estimates, 1):
+        # An estimate knows no temporary memory: where it takes all of them, one that fits may come later.
+        more = rank > tries and bool(plans) and not any(one.fits for one in plans)
+        if rank > tries and not more:
+            skipped[name] = (
+                f"number {rank} by an estimate of what a chip sends ({sent / 1e9:.2f} GB); --tries compiles more"
+            )
+            continue
+        progress(f"[{rank}/{min(tries, len(estimates))}] {name}" if not more else f"[{rank}] none fits yet: {name}")
         try:
             plans.append(plan(config, topology, mesh, progress=progress))
         except UserError as error:

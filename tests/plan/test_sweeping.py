@@ -61,6 +61,27 @@ def test_those_that_fit_come_first_and_the_fastest_of_them(compiled):
     assert {mesh.fsdp for mesh in compiled} >= {1, 2}
 
 
+@pytest.mark.parametrize("fits_from", [6, 99])
+def test_a_sweep_goes_on_until_one_fits(fits_from, compiled, monkeypatch):
+    fake = sweeping.plan
+
+    def later(config, topology, mesh, progress):
+        one = fake(config, topology, mesh, progress)
+        fits = len(compiled) >= fits_from
+        bound = Bound(compiler=1.0, kernels=0.0, others=0.0, uncounted={}) if fits else None
+        values = {"bound": bound, "flops": 1.0 if fits else None, "bytes": 1.0 if fits else None}
+        return dataclasses.replace(one, memory=dataclasses.replace(one.memory, peak=1 if fits else 9), **values)
+
+    monkeypatch.setattr(sweeping, "plan", later)
+    said = []
+    found = sweep(config(), TOPOLOGY, tries=3, progress=said.append)
+    possible = len(found.plans) + sum("number" in reason for reason in found.skipped.values())
+    assert possible > 6
+    assert len(compiled) == len(found.plans) == min(max(3, fits_from), possible)
+    assert found.plans[0].fits == (fits_from <= possible)
+    assert ["none fits yet" in line for line in said] == [rank > 3 for rank in range(1, len(said) + 1)]
+
+
 def test_what_is_not_compiled_is_said_with_the_reason(compiled):
     said = []
     found = sweep(config(), TOPOLOGY, tries=3, progress=said.append)
