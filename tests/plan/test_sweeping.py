@@ -66,7 +66,7 @@ def test_a_sweep_goes_on_until_one_fits(fits_from, compiled, monkeypatch):
     fake = sweeping.plan
 
     def later(config, topology, mesh, progress):
-        one = fake(config, topology, mesh, progress)
+        one = fake(config, topology, mesh, progress=progress)
         fits = len(compiled) >= fits_from
         bound = Bound(compiler=1.0, kernels=0.0, others=0.0, uncounted={}) if fits else None
         values = {"bound": bound, "flops": 1.0 if fits else None, "bytes": 1.0 if fits else None}

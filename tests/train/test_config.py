@@ -15,6 +15,7 @@ from tests.train.tiny import tiny_config
 def config_of(*, batch_size=48, accumulate=1, **moe):
     """The tiny run, whose images have 5 tokens, with other groups."""
     tiny = tiny_config()
+    assert tiny.model.moe is not None
     model = dataclasses.replace(tiny.model, moe=dataclasses.replace(tiny.model.moe, num_experts=8, **moe))
     data = dataclasses.replace(tiny.data, batch_size=batch_size)
     return dataclasses.replace(tiny, model=model, data=data, accumulate=accumulate)
