@@ -17,7 +17,7 @@ from jmoe.data import fingerprint, train_batches
 from jmoe.errors import InterruptedRunError, UserError
 from jmoe.evaluate.accuracy import Evaluation
 from jmoe.parallel import mesh as meshes
-from jmoe.parallel.hosts import code_version, current, package_versions
+from jmoe.parallel.hosts import Hosts, code_version, current, package_versions
 from jmoe.parallel.stop import AgreedStop
 from jmoe.parallel.watchdog import Watchdog
 from jmoe.train import workdir as folders
@@ -79,7 +79,7 @@ def train(config: TrainConfig, workdir: str | os.PathLike[str]) -> Summary:
 
     Raises:
       UserError: something that the user can mend, in one sentence; what was saved is intact.
-      InterruptedRunError: Ctrl-C or SIGTERM, after the state was saved.
+      InterruptedRunError: Ctrl-C or SIGTERM, after the state was saved; or before the first step, with nothing to save.
     """
     try:
         with StopRequest() as stop:
@@ -118,12 +118,10 @@ def _train(config: TrainConfig, workdir: str | os.PathLike[str], stop: StopReque
     evaluate_every = config.evaluate.every or max(1, steps // 10)
     save_every = config.checkpoint.every or max(1, steps // 10)
     rows, put = feeder(mesh, config.data.batch_size)
-    step_function = program.step
-    if hosts.count > 1:
-        # Compiled before any of them starts: devices wait for those of other hosts, but not for ever (gloo: 30 s).
-        with jax.set_mesh(mesh):
-            step_function = program.step.lower(program.state, program.batch).compile()
-        hosts.gather("compiled", "")
+    # Compiled before any of them starts: devices wait for those of other hosts, but not for ever (gloo: 30 s).
+    with jax.set_mesh(mesh):
+        step_function = program.step.lower(program.state, program.batch).compile()
+    _end_if_asked(hosts, stop, path)
 
     with contextlib.ExitStack() as stack:
         stack.enter_context(jax.set_mesh(mesh))
@@ -155,6 +153,15 @@ def _train(config: TrainConfig, workdir: str | os.PathLike[str], stop: StopReque
         watchdog = None if config.watchdog is None else stack.enter_context(Watchdog(multiple=config.watchdog))
         paused = contextlib.nullcontext if watchdog is None else watchdog.paused
 
+        def test(step: int) -> Evaluation:
+            evaluation = evaluator(state)
+            few_shot_metrics = {} if few_shot is None else few_shot(state).metrics()
+            if writer is not None and progress is not None:
+                writer.write(step, _test_metrics(evaluation) | few_shot_metrics)
+                progress.print(f"step {step}: test accuracy {100 * evaluation.accuracy:.2f} %")
+            return evaluation
+
+        _end_if_asked(hosts, stop, path)
         for step in range(start + 1, steps + 1):
             batch = next(batches)
             check_images(config, batch)
@@ -175,25 +182,21 @@ def _train(config: TrainConfig, workdir: str | os.PathLike[str], stop: StopReque
             with paused():
                 if due or step % save_every == 0:
                     checkpointer.save(step, state, position | {"step": step})
-                if step == steps or step % evaluate_every == 0:
-                    evaluation = evaluator(state)
-                    few_shot_metrics = {} if few_shot is None else few_shot(state).metrics()
-                    if writer is not None and progress is not None:
-                        writer.write(step, _test_metrics(evaluation) | few_shot_metrics)
-                        progress.print(f"step {step}: test accuracy {100 * evaluation.accuracy:.2f} %")
-                if stopped_by is not None and step < steps:
+                if stopped_by is not None:  # without evaluating, for which there may be no time
                     checkpointer.wait()
                     raise InterruptedRunError(
                         f"Stopped after step {step} of {steps}, saved in {path}. Run the same command to go on.",
                         stopped_by,
                     )
+                if step == steps or step % evaluate_every == 0:
+                    evaluation = test(step)
             if watchdog is not None:
                 watchdog.step_ended(step)
         with paused():
             checkpointer.wait()
+            if evaluation is None:  # the last checkpoint was complete, but the run ended before it was evaluated
+                evaluation = test(steps)
 
-    if evaluation is None:  # the last checkpoint was complete, but the run ended before its summary was written
-        evaluation = evaluator(state)
     summary = Summary(
         workdir=str(path),
         step=steps,
@@ -205,6 +208,15 @@ def _train(config: TrainConfig, workdir: str | os.PathLike[str], stop: StopReque
     if main:
         _write_json(path / folders.SUMMARY, dataclasses.asdict(summary))
     return summary
+
+
+def _end_if_asked(hosts: Hosts, stop: StopRequest, path: pathlib.Path) -> None:
+    """Raises InterruptedRunError, in all processes, if a signal came to any of them before the first step."""
+    if signum := max(map(int, hosts.gather("signals before the first step", str(stop.signum or 0)))):
+        raise InterruptedRunError(
+            f"Stopped before a step was taken, so there was nothing to save in {path}. Run the same command to go on.",
+            signum,
+        )
 
 
 def _what_hosts_share(config: TrainConfig, position: dict[str, Any]) -> dict[str, str]:

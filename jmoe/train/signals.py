@@ -38,7 +38,7 @@ class StopRequest:
         del frame
         self.signum = signum
         self._restore()
-        logger.warning("%s: stopping after this step, once it is saved.", signal.Signals(signum).name)
+        logger.warning("%s: stopping as soon as what was computed is saved.", signal.Signals(signum).name)
 
     def _restore(self) -> None:
         for signum, handler in self._before.items():

@@ -150,3 +150,32 @@ def is_there(group):
     except ProcessLookupError:
         return False
     return True
+
+
+def interrupted(workdir):
+    """Body of one of two processes, of which the second gets SIGTERM before the step is compiled."""
+    import jax
+
+    from jmoe.errors import InterruptedRunError
+    from jmoe.train import loop
+    from tests.train.tiny import tiny_config
+
+    make_program = loop.make_program
+
+    def prepared(*args):
+        if jax.process_index() == 1:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return make_program(*args)
+
+    loop.make_program = prepared
+    try:
+        loop.train(tiny_config(), workdir)
+    except InterruptedRunError as error:
+        print(error.exit_code, str(error).split(",")[0])
+
+
+@pytest.mark.slow
+def test_a_signal_to_one_process_before_the_first_step_ends_all_without_it(tmp_path):
+    outputs = processes.together("tests.parallel.test_runs:interrupted", 2, str(tmp_path), timeout=100)
+    assert [output.splitlines()[-1] for output in outputs] == ["143 Stopped before a step was taken"] * 2
+    assert not (tmp_path / folders.CHECKPOINTS).exists()

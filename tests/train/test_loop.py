@@ -19,7 +19,8 @@ from jmoe.data import DataConfig, Digits, train_batches
 from jmoe.errors import InterruptedRunError, UserError
 from jmoe.train import loop
 from jmoe.train.checkpoint import Checkpointer
-from jmoe.train.config import CheckpointConfig
+from jmoe.train.compiled import make_program
+from jmoe.train.config import CheckpointConfig, EvalConfig
 from jmoe.train.evaluation import evaluate_checkpoint
 from jmoe.train.loop import train
 from jmoe.train.overrides import apply_overrides
@@ -117,6 +118,34 @@ def stop_at(monkeypatch, step):
             return next(self.batches)
 
     monkeypatch.setattr(loop, "train_batches", Interrupting)
+
+
+@pytest.mark.parametrize("stop_after", [6, 12])
+def test_a_stop_does_not_wait_for_an_evaluation(finished, tmp_path, monkeypatch, stop_after):
+    _, summary = finished
+    stop_at(monkeypatch, stop_after)
+    monkeypatch.setattr(loop, "evaluator_of", lambda config, mesh: lambda state: pytest.fail("evaluated"))
+    with pytest.raises(InterruptedRunError, match=f"Stopped after step {stop_after} of 12, saved in"):
+        train(tiny_config(evaluate=EvalConfig(every=stop_after, batch_size=96)), tmp_path)
+    assert str(stop_after) in os.listdir(tmp_path / "checkpoints")
+    if stop_after == 12:
+        monkeypatch.undo()
+        resumed = train(tiny_config(evaluate=EvalConfig(every=12, batch_size=96)), tmp_path)
+        assert (resumed.resumed_from, resumed.evaluation) == (12, summary.evaluation)
+        lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+        assert [line["step"] for line in lines if "test/accuracy" in line] == [12]
+
+
+def test_a_signal_before_the_first_step_ends_the_run_without_it(tmp_path, monkeypatch):
+    def prepared(*args, **kwargs):
+        os.kill(os.getpid(), signal.SIGTERM)
+        return make_program(*args, **kwargs)
+
+    monkeypatch.setattr(loop, "make_program", prepared)
+    with pytest.raises(InterruptedRunError, match="Stopped before a step was taken, so .* to go on") as stopped:
+        train(tiny_config(), tmp_path)
+    assert stopped.value.exit_code == 143
+    assert not (tmp_path / "checkpoints").exists()
 
 
 def test_a_killed_run_goes_on_from_its_last_checkpoint(finished, tmp_path):
