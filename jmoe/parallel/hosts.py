@@ -27,8 +27,9 @@ import sys
 import threading
 import time
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from types import TracebackType
+from typing import Any
 
 import jax
 import numpy as np
@@ -124,9 +125,9 @@ class Hosts:
             common = next(i for i in range(self.count) if i not in different)
             speaks = self.process in (common, different[0])  # two are enough; a config is long and hosts are many
             texts = self.gather(f"differing {part}", json.dumps(parts.get(part)) if speaks else "")
-            a, b = _shortened(_read(texts[common]), _read(texts[different[0]]))
+            option, a, b = _difference(_read(texts[common]), _read(texts[different[0]]))
             raise UserError(
-                f"The hosts differ in {part}: it is {b} in {self._named(different)}, and {a} in "
+                f"The hosts differ in {part}{option and f', {option}'}: it is {b} in {self._named(different)}, and {a} in "
                 f"{self._named([i for i in range(self.count) if i not in different])}. Make them the same on all hosts."
             )
 
@@ -368,6 +369,25 @@ def _minority(values: Sequence[str | None]) -> list[int]:
 def _read(text: str) -> str:
     value = json.loads(text)
     return "(nothing)" if value is None else value
+
+
+def _difference(a: str, b: str) -> tuple[str, str, str]:
+    """The first option in which two configurations differ, and its values; other texts from where they differ."""
+    with contextlib.suppress(ValueError):
+        ours, theirs = (dict(_options(json.loads(text))) for text in (a, b))
+        for option in [*ours, *theirs] if "" not in ours else []:
+            if ours.get(option) != theirs.get(option):
+                return option, *_shortened(ours.get(option, "(nothing)"), theirs.get(option, "(nothing)"))
+    return "", *_shortened(a, b)
+
+
+def _options(config: Any, path: str = "") -> Iterator[tuple[str, str]]:
+    """Every option of a configuration in JSON by its path, as text."""
+    if not isinstance(config, dict | list) or not config:
+        yield path, json.dumps(config)
+        return
+    for name, value in config.items() if isinstance(config, dict) else enumerate(config):
+        yield from _options(value, f"{path}.{name}" if path else str(name))
 
 
 def _shortened(a: str, b: str) -> tuple[str, str]:

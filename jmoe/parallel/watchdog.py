@@ -20,7 +20,7 @@ class Watchdog:
     A lost process is found otherwise (jmoe/parallel/hosts.py); this is for what hangs and is still there: devices that
     wait for each other, a file system, a worker of the data pipeline. A step is overdue after `multiple` times the
     median of the recent ones, and never before `least_seconds`. The first step is not timed before it ends, as it
-    compiles; `first_seconds` is its limit. All stacks of this process are then printed, and it ends with status 76; the
+    compiles; `first_seconds` is its limit, and `pause_seconds` that of evaluating or saving. All stacks of this process are then printed, and it ends with status 76; the
     other hosts print theirs and end, too.
 
     Attributes:
@@ -28,13 +28,19 @@ class Watchdog:
     """
 
     def __init__(
-        self, *, multiple: float | int = 20, least_seconds: float | int = 600, first_seconds: float | int = 3600
+        self,
+        *,
+        multiple: float | int = 20,
+        least_seconds: float | int = 600,
+        first_seconds: float | int = 3600,
+        pause_seconds: float | int = 7200,
     ):
         """Takes how many times the median a step may take, and the least limits in seconds."""
         self.step: int | None = None
         self._multiple = float(multiple)
         self._least = float(least_seconds)
         self._first = float(first_seconds)
+        self._longest_pause = float(pause_seconds)
         self._times: deque[float] = deque(maxlen=_RECENT)
         self._since = 0.0  # when the step under way began, pauses not counted
         self._pauses = 0
@@ -63,6 +69,7 @@ class Watchdog:
             self._pauses += 1
             if self._pauses == 1:
                 self._paused_at = time.monotonic()
+                self._changed.notify_all()
         try:
             yield
         finally:
@@ -94,25 +101,30 @@ class Watchdog:
     def _watch(self) -> None:
         with self._changed:
             while not self._over:
-                left = None if self._pauses else self._since + self.limit() - time.monotonic()
-                if left is not None and left <= 0:
+                overdue = self._paused_at + self._longest_pause if self._pauses else self._since + self.limit()
+                left = overdue - time.monotonic()
+                if left <= 0:
                     break
-                self._wakes = math.inf if left is None else time.monotonic() + left
+                self._wakes = overdue
                 self._changed.wait(left)
             else:
                 return
         self._bark()
 
     def _bark(self) -> None:
-        if self._times:
+        step = "The first step has not ended" if self.step is None else f"No step has ended after step {self.step}"
+        seconds = self.limit()
+        if self._pauses:
+            step, seconds = f"{step}, nor what comes after it", self._longest_pause
+            why = "the limit of evaluating or saving"
+        elif self._times:
             median = statistics.median(self._times)
             why = f"{self._multiple:g} times the median of {median:.3g} s, at least {self._least:g} s"
         else:
             why = f"the limit of the first, {self._first:g} s"
-        step = "The first step has not ended" if self.step is None else f"No step has ended after step {self.step}"
         print_stacks()
         end_all(
-            f"{step} for {self.limit():.3g} s ({why}). The stacks above say where each thread stands. Run the same "
+            f"{step} for {seconds:.3g} s ({why}). The stacks above say where each thread stands. Run the same "
             "command on all hosts to go on from the last checkpoint.",
             STUCK,
         )

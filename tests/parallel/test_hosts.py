@@ -1,3 +1,4 @@
+import json
 import socket
 import sys
 from concurrent.futures import ThreadPoolExecutor
@@ -69,6 +70,17 @@ def test_the_host_that_differs_from_most_is_named_on_all():
         f"The hosts differ in b: it is 'y' in process 2 ({HERE}), and 'x' in process 0 ({HERE}), process 1 ({HERE}). "
         "Make them the same on all hosts."
     )
+
+
+def test_of_configurations_the_option_is_named():
+    ours, theirs = ({"model": {"k": 2, "layers": [1, 3]}, "seed": seed} for seed in (0, 1))
+    (sentence,) = set(sentences({"the experiment": json.dumps(ours)}, {"the experiment": json.dumps(theirs)}))
+    assert (
+        f"The hosts differ in the experiment, seed: it is '1' in process 1 ({HERE}), and '0' in process 0" in sentence
+    )
+    theirs = {"model": {"k": 2, "layers": [1, 3, 5]}, "seed": 0}
+    (sentence,) = set(sentences({"the experiment": json.dumps(ours)}, {"the experiment": json.dumps(theirs)}))
+    assert "The hosts differ in the experiment, model.layers.2: it is '5'" in sentence
 
 
 def test_a_part_that_a_host_lacks_is_a_difference():

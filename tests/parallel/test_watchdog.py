@@ -81,6 +81,16 @@ def test_the_first_step_has_a_limit_of_its_own(bark):
     )
 
 
+def test_a_pause_without_end_is_noticed(bark):
+    with Watchdog(pause_seconds=0.2, first_seconds=10) as dog:
+        dog.step_ended(7)
+        with dog.paused():
+            assert bark.wait(10)
+    assert bark.sentences[0][0].startswith(
+        "No step has ended after step 7, nor what comes after it for 0.2 s (the limit of evaluating or saving). The"
+    )
+
+
 def test_pauses_are_not_counted(bark):
     with Watchdog(multiple=2, least_seconds=0.4, first_seconds=0.4) as dog:
         with dog.paused(), dog.paused():
