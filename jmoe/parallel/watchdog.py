@@ -20,8 +20,8 @@ class Watchdog:
     A lost process is found otherwise (jmoe/parallel/hosts.py); this is for what hangs and is still there: devices that
     wait for each other, a file system, a worker of the data pipeline. A step is overdue after `multiple` times the
     median of the recent ones, and never before `least_seconds`. The first step is not timed before it ends, as it
-    compiles; `first_seconds` is its limit, and `pause_seconds` that of evaluating or saving. All stacks of this process are then printed, and it ends with status 76; the
-    other hosts print theirs and end, too.
+    compiles; `first_seconds` is its limit, and `pause_seconds` that of evaluating or saving. All stacks of this process
+    are then printed, and it ends with status 76; the other hosts print theirs and end, too.
 
     Attributes:
       step: the last that ended; None before the first.
