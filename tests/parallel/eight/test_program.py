@@ -95,9 +95,9 @@ def test_an_evaluation_counts_every_image_once_whatever_the_batch():
             36,
             Mesh(expert=4),
             r"36 images in groups of 2 cannot be divided among 8 devices \(Mesh\(data=2, expert=4\)\): "
-            r"use a batch of 32, or divide them among 2 \(mesh.model takes the other devices\)",
+            r"use data.batch_size=32\.$",
         ),
-        (4, Mesh(expert=4), "use a batch of 16, or divide them among 2"),
+        (4, Mesh(expert=4), "use data.batch_size=16"),
     ],
 )
 def test_a_batch_that_does_not_split_is_refused(images, mesh, sentence):
