@@ -126,8 +126,9 @@ class Hosts:
             speaks = self.process in (common, different[0])  # two are enough; a config is long and hosts are many
             texts = self.gather(f"differing {part}", json.dumps(parts.get(part)) if speaks else "")
             option, a, b = _difference(_read(texts[common]), _read(texts[different[0]]))
+            where = f"{part}, {option}" if option else part
             raise UserError(
-                f"The hosts differ in {part}{option and f', {option}'}: it is {b} in {self._named(different)}, and {a} in "
+                f"The hosts differ in {where}: it is {b} in {self._named(different)}, and {a} in "
                 f"{self._named([i for i in range(self.count) if i not in different])}. Make them the same on all hosts."
             )
 
