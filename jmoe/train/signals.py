@@ -3,16 +3,21 @@
 import logging
 import signal
 import threading
+import time
 from types import FrameType
 from typing import Any
 
 logger = logging.getLogger("jmoe")
 
+_TOGETHER = 2.0  # seconds within which signals are one request
+
 
 class StopRequest:
     """Notes Ctrl-C and SIGTERM while it is entered, so that a run can finish its step and save.
 
-    A second signal is handled as if nobody had asked for politeness: it interrupts at once.
+    A second signal is handled as if nobody had asked for politeness: it interrupts at once. But one that follows the
+    first immediately belongs to it: a terminal or a service manager signals all processes, and the script that started
+    this one passes on its own.
 
     Attributes:
       signum: the number of the signal that came, or None.
@@ -21,6 +26,7 @@ class StopRequest:
     def __init__(self) -> None:
         """Nothing is noted before it is entered."""
         self.signum: int | None = None
+        self._since = 0.0
         self._before: dict[int, Any] = {}
 
     def __enter__(self) -> "StopRequest":
@@ -36,9 +42,13 @@ class StopRequest:
 
     def _note(self, signum: int, frame: FrameType | None) -> None:
         del frame
-        self.signum = signum
-        self._restore()
-        logger.warning("%s: stopping as soon as what was computed is saved.", signal.Signals(signum).name)
+        now = time.monotonic()
+        if self.signum is None:
+            self.signum, self._since = signum, now
+            logger.warning("%s: stopping as soon as what was computed is saved.", signal.Signals(signum).name)
+        elif now - self._since >= _TOGETHER:
+            self._restore()
+            signal.raise_signal(signum)
 
     def _restore(self) -> None:
         for signum, handler in self._before.items():

@@ -17,7 +17,7 @@ import pytest
 import jmoe
 from jmoe.data import DataConfig, Digits, train_batches
 from jmoe.errors import InterruptedRunError, UserError
-from jmoe.train import loop
+from jmoe.train import loop, signals
 from jmoe.train.checkpoint import Checkpointer
 from jmoe.train.compiled import make_program
 from jmoe.train.config import CheckpointConfig, EvalConfig
@@ -146,6 +146,16 @@ def test_a_signal_before_the_first_step_ends_the_run_without_it(tmp_path, monkey
         train(tiny_config(), tmp_path)
     assert stopped.value.exit_code == 143
     assert not (tmp_path / "checkpoints").exists()
+
+
+def test_signals_at_once_are_one_request_and_a_later_one_insists(monkeypatch):
+    with signals.StopRequest() as stop:
+        signal.raise_signal(signal.SIGINT)
+        signal.raise_signal(signal.SIGTERM)  # passed on by a script that got the same Ctrl-C
+        assert stop.signum == signal.SIGINT
+        monkeypatch.setattr(signals, "_TOGETHER", 0.0)
+        with pytest.raises(KeyboardInterrupt):
+            signal.raise_signal(signal.SIGINT)
 
 
 def test_a_killed_run_goes_on_from_its_last_checkpoint(finished, tmp_path):
