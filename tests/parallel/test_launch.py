@@ -1,9 +1,11 @@
 """The recipes of launch/: they parse, and so does every `jmoe` command in them."""
 
+import os
 import pathlib
 import re
 import shlex
 import shutil
+import signal
 import subprocess
 import time
 
@@ -18,7 +20,7 @@ from jmoe.train.experiment import load_experiment
 ROOT = pathlib.Path(cli.__file__).parents[2]
 LAUNCH = ROOT / "launch"
 SCRIPTS = sorted(path for path in LAUNCH.iterdir() if path.suffix in (".sh", ".sbatch"))
-VARIABLES = {"processes": "8", "process": "7"}  # others are names of folders
+VARIABLES = {"processes": "8", "process": "7", "PORT": "12345"}  # others are names of folders
 
 
 def commands(text):
@@ -101,14 +103,41 @@ def test_xpk_gets_a_command_of_one_line_and_the_statuses_to_start_again_after(tm
     assert int(options["termination-grace-period-seconds"]) >= 120
 
 
+@pytest.mark.parametrize("running", [True, False])
+def test_tpu_vms_get_no_second_run_beside_one_that_is_going_on(running, tmp_path):
+    # Runs nothing here but the check for a run; of the other commands it sees that they are valid, and notes them.
+    (tmp_path / "gcloud").write_text(
+        f"#!/usr/bin/env bash\nfor word; do case $word in --command=*) command=${{word#--command=}};; esac; done\n"
+        f'bash -n -c "$command" || exit 3\nprintf "%s\\0" "$command" >> {tmp_path}/calls\n'
+        'case $command in *"kill -0"*) exec bash -c "$command";; esac\n'
+    )
+    (tmp_path / "gcloud").chmod(0o755)
+    if running:
+        (tmp_path / "train.pid").write_text(f"{os.getpid()}\n")
+    environment = {"PATH": f"{tmp_path}:/usr/bin:/bin", "HOME": str(tmp_path)}
+    script = [shutil.which("bash") or "bash", str(LAUNCH / "tpu_vm.sh")]
+    ended = subprocess.run(script, env=environment, capture_output=True, text=True, timeout=20)
+    calls = (tmp_path / "calls").read_text().split("\0")[:-1]
+    if running:
+        assert ended.returncode == 1
+        assert ended.stderr == f"A run is going on here, as process {os.getpid()} (train.pid): stop it first.\n"
+        assert len(calls) == 1
+    else:
+        assert (ended.returncode, ended.stderr) == (0, "")
+        _, install, train, watch = calls
+        assert "uv venv --quiet --python 3.12 ~/venv" in install
+        assert 'PATH="$HOME/venv/bin:$PATH"' in train
+        assert watch.startswith("tail ")
+
+
 def test_the_table_of_statuses_is_that_of_the_program():
     statuses = [int(status) for status in re.findall(r"^\| (\d+) \|", (LAUNCH / "README.md").read_text(), re.M)]
     assert statuses == [0, 2, LOST, STUCK, 130, 143]
 
 
-def test_every_recipe_is_in_the_table():
+def test_every_recipe_is_in_the_table_and_in_that_of_its_grace_period():
     listed = re.findall(r"^\| `(\S+)` \|", (LAUNCH / "README.md").read_text(), re.M)
-    assert sorted(listed) == sorted(path.name for path in LAUNCH.iterdir() if path.name != "README.md")
+    assert sorted(listed) == sorted(2 * [path.name for path in LAUNCH.iterdir() if path.name != "README.md"])
 
 
 @pytest.mark.parametrize("status", [0, 75])
@@ -126,7 +155,22 @@ def test_a_process_for_each_gpu_ends_with_the_status_of_all(status, tmp_path):
     assert (tmp_path / "calls").read_text() == f"0,3 {train}\n"
 
 
-def test_a_signal_to_the_script_is_passed_on_to_all(tmp_path):
+@pytest.mark.parametrize("nvidia_smi", ["exit 0", "echo no driver >&2; exit 9"])
+def test_without_a_gpu_nothing_is_started(nvidia_smi, tmp_path):
+    for name, body in (("nvidia-smi", nvidia_smi), ("jmoe", f"touch {tmp_path}/started")):
+        (tmp_path / name).write_text(f"#!/bin/sh\n{body}\n")
+        (tmp_path / name).chmod(0o755)
+    script = [shutil.which("bash") or "bash", str(LAUNCH / "one_machine_gpus.sh"), "process-per-gpu"]
+    environment = {"PATH": f"{tmp_path}:/usr/bin:/bin", "RUNS": "/runs"}
+    ended = subprocess.run(script, env=environment, capture_output=True, text=True, timeout=20)
+    assert ended.returncode == 2
+    assert ended.stderr.startswith("No GPU was found: nvidia-smi lists none")
+    assert len(ended.stderr.splitlines()) == 1
+    assert not (tmp_path / "started").exists()
+
+
+@pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_to_the_script_or_from_the_terminal_gets_to_all(signum, tmp_path):
     (tmp_path / "jmoe").write_text(
         f"#!/usr/bin/env bash\ntrap 'touch {tmp_path}/stopped-$CUDA_VISIBLE_DEVICES; exit 143' TERM\n"
         f"touch {tmp_path}/ready-$CUDA_VISIBLE_DEVICES\nfor i in $(seq 200); do sleep 0.05; done\n"
@@ -134,10 +178,11 @@ def test_a_signal_to_the_script_is_passed_on_to_all(tmp_path):
     (tmp_path / "jmoe").chmod(0o755)
     environment = {"PATH": f"{tmp_path}:/usr/bin:/bin", "CUDA_VISIBLE_DEVICES": "0,3", "RUNS": "/runs"}
     script = [shutil.which("bash") or "bash", str(LAUNCH / "one_machine_gpus.sh"), "process-per-gpu"]
-    with subprocess.Popen(script, env=environment) as running:
+    with subprocess.Popen(script, env=environment, start_new_session=True) as running:
         deadline = time.monotonic() + 5
         while len(list(tmp_path.glob("ready-*"))) < 2 and time.monotonic() < deadline:
             time.sleep(0.02)
-        running.terminate()
+        # A terminal signals the whole group, but what bash starts with & does not hear Ctrl-C unless it listens.
+        os.kill(running.pid, signum) if signum == signal.SIGTERM else os.killpg(running.pid, signum)
         assert running.wait(20) == 143
     assert sorted(path.name for path in tmp_path.glob("stopped-*")) == ["stopped-0", "stopped-3"]
