@@ -5,7 +5,7 @@
 #   bash launch/one_machine_gpus.sh process-per-gpu  one for each: when reading the images in one process is too slow
 #
 # Ctrl-C or SIGTERM stops and saves; run it again to go on. To train on some of the GPUs only, set CUDA_VISIBLE_DEVICES.
-# As a service, or at a shutdown, it gets SIGTERM from systemd and 90 seconds; TimeoutStopSec=120 in its unit gives more.
+# As a service, or at a shutdown, it gets SIGTERM from systemd and 90 seconds; TimeoutStopSec=120 in the unit is safer.
 set -uo pipefail
 
 RUNS=${RUNS:-$HOME/runs}
@@ -23,8 +23,8 @@ fi
 mapfile -t gpus < <(tr ',' '\n' <<< "$list")
 processes=${#gpus[@]}
 pids=()
-# Passed on to all. Those that train take it and the Ctrl-C of the terminal, which comes to them as well, for one request;
-# those that have not begun to would miss Ctrl-C, which bash keeps from what it starts with &.
+# Passed on to all. Those that train take it for one request with the Ctrl-C that the terminal sends them as well; those
+# that are still starting would miss that, because bash keeps it from what it starts with &.
 trap 'kill -TERM "${pids[@]}" 2> /dev/null' TERM INT
 for process in "${!gpus[@]}"; do
   # --local: all processes are on this machine, so that they may meet at a loopback address.
