@@ -8,9 +8,9 @@ that a process which is killed has the status of its signal.
     2     a mistake of the user, in one sentence (UserError)
     75    another process of the run is lost, or never came; the same command goes on from the last checkpoint (LOST)
     76    no step ended for too long; the stacks of all threads are printed before it (STUCK). The same command goes on
-    130   Ctrl-C: stopped and saved (InterruptedRunError)
+    130   Ctrl-C: stopped, and saved what there was (InterruptedRunError)
     141   the reader of the output went away
-    143   SIGTERM, such as a preemption: stopped and saved (InterruptedRunError). The same command goes on
+    143   SIGTERM, such as a preemption: the same (InterruptedRunError). The same command goes on
 """
 
 LOST = 75  # what sysexits.h has for "try again later"
