@@ -279,7 +279,8 @@ def _with_slots(
     decision: Decision,
 ) -> Float[Array, "G S D"]:
     """Dispatch, experts and combine with slots, of the groups of all devices."""
-    moved, drops = _moved_as(config, experts, tokens), config.dropout > 0 and key is not None
+    moved = None if exchange.expert_parts == 1 else _moved_as(config, experts, tokens)
+    drops = config.dropout > 0 and key is not None
 
     def slotted(decision: Decision) -> Decision:
         return decision if drops else _whole_tiles(decision, exchange)
@@ -292,7 +293,9 @@ def _with_slots(
         return combine(_by_group(outputs, decision), decision, method, implementation=config.implementation)
 
     slots = exchange.per_group(to_slots, tokens, decision, out_axes=1, kernels=True)  # [E, G * C, D]
-    slots = _named(exchange.to_experts(_as(moved, slots)), exchange).astype(slots.dtype)
+    # A copy of a token is rounded already; a mixture is not, and goes as it is.
+    as_rows = moved if isinstance(decision, Routing) else None
+    slots = _named(exchange.to_experts(_as(as_rows, slots)), exchange).astype(slots.dtype)
     outputs = rounded(experts(slots, key=key), config.exchange_dtype)
     outputs = _named(exchange.to_tokens(_as(moved, outputs)), exchange).astype(outputs.dtype)
     return exchange.per_group(to_tokens, outputs, decision, in_axes=(1, 0), kernels=True)

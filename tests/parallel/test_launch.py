@@ -7,6 +7,7 @@ import shlex
 import shutil
 import signal
 import subprocess
+import sys
 import time
 
 import pytest
@@ -177,8 +178,10 @@ def test_a_signal_to_the_script_or_from_the_terminal_gets_to_all(signum, tmp_pat
     )
     (tmp_path / "jmoe").chmod(0o755)
     environment = {"PATH": f"{tmp_path}:/usr/bin:/bin", "CUDA_VISIBLE_DEVICES": "0,3", "RUNS": "/runs"}
+    # Tests that run in the background ignore SIGINT, and so would bash.
+    heard = "import os, signal, sys; signal.signal(signal.SIGINT, signal.SIG_DFL); os.execv(sys.argv[1], sys.argv[1:])"
     script = [shutil.which("bash") or "bash", str(LAUNCH / "one_machine_gpus.sh"), "process-per-gpu"]
-    with subprocess.Popen(script, env=environment, start_new_session=True) as running:
+    with subprocess.Popen([sys.executable, "-c", heard, *script], env=environment, start_new_session=True) as running:
         deadline = time.monotonic() + 5
         while len(list(tmp_path.glob("ready-*"))) < 2 and time.monotonic() < deadline:
             time.sleep(0.02)

@@ -148,7 +148,9 @@ def test_a_signal_before_the_first_step_ends_the_run_without_it(tmp_path, monkey
     assert not (tmp_path / "checkpoints").exists()
 
 
-def test_signals_at_once_are_one_request_and_a_later_one_insists(monkeypatch):
+def test_signals_at_once_are_one_request_and_a_later_one_insists(monkeypatch, request):
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # tests that run in the background ignore it
+    request.addfinalizer(lambda: signal.signal(signal.SIGINT, before))
     with signals.StopRequest() as stop:
         signal.raise_signal(signal.SIGINT)
         signal.raise_signal(signal.SIGTERM)  # passed on by a script that got the same Ctrl-C

@@ -39,6 +39,9 @@ MORE = {  # on one mesh
     "own dropout": MoEConfig(num_experts=8, router=TopK(k=2, **LOW), dropout=0.3, expert_init="independent"),
     "exchange in bfloat16": MoEConfig(num_experts=8, router=TopK(k=2, **LOW), exchange_dtype="bfloat16"),
     "rows in bfloat16": MoEConfig(num_experts=8, router=TopK(k=2), method="ragged", exchange_dtype="bfloat16"),
+    "mixtures beside tokens in bfloat16": MoEConfig(
+        num_experts=8, router=Soft(slots_per_expert=2), images_per_group=1, exchange_dtype="bfloat16"
+    ),
     "global losses": MoEConfig(
         num_experts=8,
         router=TopK(k=2, **LOW),
