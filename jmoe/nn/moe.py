@@ -293,9 +293,9 @@ def _with_slots(
         return combine(_by_group(outputs, decision), decision, method, implementation=config.implementation)
 
     slots = exchange.per_group(to_slots, tokens, decision, out_axes=1, kernels=True)  # [E, G * C, D]
-    # A copy of a token is rounded already; a mixture is not, and goes as it is.
-    as_rows = moved if isinstance(decision, Routing) else None
-    slots = _named(exchange.to_experts(_as(as_rows, slots)), exchange).astype(slots.dtype)
+    # Copies of tokens are rounded already, and experts round what they get to their dtype; mixtures are not to be.
+    exact = isinstance(decision, Routing) or config.exchange_dtype is None
+    slots = _named(exchange.to_experts(_as(moved if exact else None, slots)), exchange).astype(slots.dtype)
     outputs = rounded(experts(slots, key=key), config.exchange_dtype)
     outputs = _named(exchange.to_tokens(_as(moved, outputs)), exchange).astype(outputs.dtype)
     return exchange.per_group(to_tokens, outputs, decision, in_axes=(1, 0), kernels=True)
