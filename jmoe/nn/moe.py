@@ -250,9 +250,8 @@ class MoEMlp(nnx.Module):
             say_once(f"Dispatch 'auto' is {method!r} for {name} in groups of {S} tokens.", logging.INFO)
         if config.fused and not isinstance(decision, Routing):
             raise ValueError("MoEConfig(fused=True) wants a router that sends tokens to slots, not a mixture.")
-        experts, drops = self.experts, config.dropout > 0 and key is not None
-        # Masks of dropout are drawn for all slots together, such that they are those of one device.
-        chunks = 1 if drops else _chunks(config, decision, exchange)
+        experts = self.experts
+        chunks = 1 if _drops(config, key) else _chunks(config, decision, exchange)
         if chunks > 1:
             # Cast once, not in every chunk: gradients of chunks are then added up before those of devices, not after.
             graph, parameters = nnx.split(experts)
@@ -280,10 +279,9 @@ def _with_slots(
 ) -> Float[Array, "G S D"]:
     """Dispatch, experts and combine with slots, of the groups of all devices."""
     moved = None if exchange.expert_parts == 1 else _moved_as(config, experts, tokens)
-    drops = config.dropout > 0 and key is not None
 
     def slotted(decision: Decision) -> Decision:
-        return decision if drops else _whole_tiles(decision, exchange)
+        return decision if _drops(config, key) else _whole_tiles(decision, exchange)
 
     def to_slots(tokens: Array, decision: Decision) -> Array:
         return _slots(tokens, slotted(decision), method, config.implementation)
@@ -401,6 +399,11 @@ def _by_group(outputs: Float[Array, "E N D"], decision: Decision) -> Float[Array
     """Slots in the order of `_slots`, by group again."""
     E, _, D = outputs.shape
     return outputs.reshape(E, -1, _slots_of(decision)[1], D).swapaxes(0, 1)
+
+
+def _drops(config: MoEConfig, key: PRNGKeyArray | None) -> bool:
+    """Whether masks of dropout are drawn; for all slots together, and no others, such that they are one device's."""
+    return config.dropout > 0 and key is not None
 
 
 def _chunks(config: MoEConfig, decision: Decision, exchange: Exchange) -> int:

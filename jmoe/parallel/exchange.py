@@ -22,7 +22,6 @@ from kernels_pallas import gather_rows
 
 ROWS = ("data", "fsdp")  # the batch axes along which slots are divided while they are with their experts
 RAGGED_CHIPS = ("TPU v4", "TPU v5", "TPU v5p", "TPU v6 lite", "TPU v6e")  # v5e refuses ragged_all_to_all, CPU lacks it
-
 ASYNCHRONOUS = 16  # the most chips of an asynchronous all-to-all
 
 

@@ -43,6 +43,7 @@ logger = logging.getLogger("jmoe")
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy", "libtpu")
 _WAIT_FOR_NEWS = 5.0  # seconds that a failed step waits to be told which process is lost
 _SHOWN = 60  # characters of a value in a sentence
+_OF_STREAMS = (OSError, ValueError, RuntimeError, AttributeError)  # of one that is closed, is no file, or is None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -218,7 +219,7 @@ class Hosts:
     def _exit(self, status: int) -> None:
         """Ends this process after everything has been printed."""
         for stream in (sys.stdout, sys.stderr):
-            with contextlib.suppress(OSError, ValueError, RuntimeError, AttributeError):
+            with contextlib.suppress(*_OF_STREAMS):
                 stream.flush()
         self.let_others_end(GRACE_SECONDS)
         os._exit(status)
@@ -321,7 +322,7 @@ def package_versions() -> str:
 
 def print_stacks() -> None:
     """Prints where each thread stands, to the stream that the process began with; what ends it then goes on anyhow."""
-    with contextlib.suppress(OSError, ValueError, RuntimeError, AttributeError):  # closed, no file, or no stream at all
+    with contextlib.suppress(*_OF_STREAMS):
         sys.__stderr__.flush()  # pyright: ignore[reportOptionalMemberAccess]
         faulthandler.dump_traceback(sys.__stderr__, all_threads=True)  # pyright: ignore[reportArgumentType]
 
@@ -336,7 +337,7 @@ def end_all(sentence: str, status: int) -> None:
 
 def end_process(sentence: str, status: int) -> None:
     """Ends this process from any thread, whatever the others are doing; nothing is cleaned up."""
-    with contextlib.suppress(OSError, ValueError, RuntimeError, AttributeError):  # a stream may be closed, or None
+    with contextlib.suppress(*_OF_STREAMS):
         sys.stdout.flush()
         print(f"jmoe: {sentence}", file=sys.stderr, flush=True)
     os._exit(status)
