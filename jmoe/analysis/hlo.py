@@ -8,6 +8,8 @@ from collections.abc import Iterable, Iterator, Mapping
 BYTES = {"pred": 1, "s8": 1, "u8": 1, "s16": 2, "u16": 2, "bf16": 2, "f16": 2, "s32": 4, "u32": 4, "f32": 4}
 BYTES |= {"s64": 8, "u64": 8, "f64": 8}
 _ARRAY = re.compile(r"\b(" + "|".join(BYTES) + r")\[([\d,]*)\]")
+# The same with its layout: the order of its axes, the fastest first, the tile, and where it lies.
+_LAID_OUT = re.compile(_ARRAY.pattern + r"(?:\{([\d,]*)(?::(?:T\(([\d,]*)\))?(?:\([\d,]*\))*(?:S\((\d+)\))?[^}]*)?\})?")
 _OPERATION = re.compile(r"^\s*(?:ROOT )?%?([\w.\-]+) = (\(.*?\)|\S+) ([\w\-]+)\((.*)$")
 
 
@@ -128,9 +130,7 @@ def _source(program: Program, operation: Operation) -> Operation:
 
 def _index(program: Program, operation: Operation) -> int | None:
     """Which element of a tuple an operation is."""
-    source = _source(program, operation)
-    found = re.search(r"\bindex=(\d+)", source.line) if source.opcode == "get-tuple-element" else None
-    return int(found[1]) if found else None
+    return index_in_tuple(_source(program, operation))
 
 
 def _constant(program: Program, operation: Operation) -> int | None:
@@ -140,9 +140,33 @@ def _constant(program: Program, operation: Operation) -> int | None:
     return int(found[1]) if found else None
 
 
+def index_in_tuple(operation: Operation) -> int | None:
+    """Which element of its operand a get-tuple-element is; None for other operations."""
+    found = re.search(r"\bindex=(\d+)", operation.line) if operation.opcode == "get-tuple-element" else None
+    return int(found[1]) if found else None
+
+
 def size(shape: str) -> int:
     """Bytes of a shape, or of all in a tuple."""
     return sum(BYTES[dtype] * math.prod(axes) for dtype, axes in arrays(shape))
+
+
+def stored(shape: str) -> int:
+    """Bytes that a shape, or all in a tuple, take in the memory of a TPU chip: whole tiles, as its layout has them.
+
+    An array that lies elsewhere, such as in vector memory (the layout says S(1)), takes none.
+    """
+    total = 0
+    for dtype, axes, order, tile, space in _LAID_OUT.findall(shape):
+        if space not in ("", "0"):
+            continue
+        lengths = [int(axis) for axis in axes.split(",") if axis]
+        if order and tile:
+            fastest_first = [lengths[int(i)] for i in order.split(",")]
+            tiles = [int(side) for side in reversed(tile.split(","))] + [1] * len(lengths)
+            lengths = [-(-n // side) * side for n, side in zip(fastest_first, tiles, strict=False)]
+        total += BYTES[dtype] * math.prod(lengths)
+    return total
 
 
 def arrays(text: str) -> list[tuple[str, tuple[int, ...]]]:

@@ -14,7 +14,7 @@ if TYPE_CHECKING:  # nothing heavy is imported before a command runs
     from jmoe.plan import Plan, Sweep
 
 SUMMARY = "Compiles the training step for a TPU slice, without TPUs: memory, FLOPs, traffic, time and cost at least."
-SIDE_BY_SIDE = "compiled, not run; amounts per chip and step; temporary is activations, gradients and workspace"
+SIDE_BY_SIDE = "compiled, not run; amounts per chip and step; temporary has activations, gradients and workspace"
 EXAMPLE = "jmoe plan experiments/vmoe_h14_imagenet21k.py --topology v5p:8x8x8"
 
 
@@ -108,9 +108,13 @@ def one_plan(experiment: str, plan: "Plan") -> str:
         "optimizer": memory.optimizer,
         "other state": memory.other_state,
         "batch": memory.batch,
+        "activations": memory.activations,
         "temporary": memory.temporary,
     }
-    said = {"temporary": ": activations, gradients and workspace"}  # the compiler counts them as one
+    said = {
+        "activations": ": from the forward to the backward pass, a part of temporary",
+        "temporary": ": activations, gradients and workspace",
+    }
     lines += [f"  {name:<14}{_gib(size):>10}{said.get(name, '')}" for name, size in parts.items()]
     verdict = "fits" if plan.fits else "DOES NOT FIT"
     lines.append(f"  {'peak':<14}{_gib(memory.peak):>10} of {_gib(memory.available)}: {verdict}")
@@ -164,6 +168,7 @@ def side_by_side(plans: "list[Plan]") -> str:
             "chips": str(plan.chips),
             "parameters GiB": _gib(plan.memory.parameters),
             "optimizer GiB": _gib(plan.memory.optimizer),
+            "activations GiB": _gib(plan.memory.activations),
             "temporary GiB": _gib(plan.memory.temporary),
             "peak GiB": _gib(plan.memory.peak),
             "available GiB": _gib(plan.memory.available),

@@ -59,7 +59,7 @@ def plan(
         mesh=dict(built.shape),
         batch_size=config.data.batch_size,
         steps=config.steps,
-        memory=memory.Memory(**dataclasses.asdict(found), temporary=None, peak=found.total, available=0),
+        memory=memory.before_compiling(found),
         flops=None,
         bytes=None,
         bound=None,
@@ -90,7 +90,7 @@ def plan(
     more = repeated(text)
     result = dataclasses.replace(
         result,
-        memory=memory.of_compiled(found, compiled, chip.memory),
+        memory=memory.of_compiled(found, compiled, text, chip.memory),
         flops=float(cost["flops"]) + more.flops,
         bytes=float(cost["bytes accessed"]) + more.bytes,
         bound=bound(text, chip, mesh=built.shape, coordinates=[device.coords for device in built.devices.flat]),

@@ -8,7 +8,9 @@ from typing import Any
 import jax
 from jax.sharding import Sharding
 
+from jmoe.analysis.activations import activations
 from jmoe.analysis.chips import GIB
+from jmoe.analysis.hlo import Program
 from jmoe.plan.result import Memory
 from jmoe.train.checks import abstract_batch
 from jmoe.train.compiled import divided, state_shardings
@@ -66,13 +68,19 @@ def kept(config: TrainConfig, state: TrainState, mesh: jax.sharding.Mesh) -> Kep
     )
 
 
-def of_compiled(found: Kept, compiled: jax.stages.Compiled, available: float) -> Memory:
-    """The memory of a step that was compiled."""
+def before_compiling(found: Kept) -> Memory:
+    """What is known of the memory of a step that is still to be compiled."""
+    return Memory(**dataclasses.asdict(found), activations=None, temporary=None, peak=found.total, available=0)
+
+
+def of_compiled(found: Kept, compiled: jax.stages.Compiled, program: Program, available: float) -> Memory:
+    """The memory of a step that was compiled, of which `program` is the text that was read."""
     analysis = compiled.memory_analysis()
     assert analysis is not None  # the compiler for TPUs has one
     arguments, outputs = analysis.argument_size_in_bytes, analysis.output_size_in_bytes
     return Memory(
         **dataclasses.asdict(found),
+        activations=activations(program),
         temporary=analysis.temp_size_in_bytes,
         peak=arguments + outputs - analysis.alias_size_in_bytes + analysis.temp_size_in_bytes,
         available=int(available),
@@ -87,6 +95,7 @@ def of_refusal(found: Kept, message: str, available: float) -> Memory | None:
     needed, unit, has, has_unit = matches[0].groups()
     return Memory(
         **dataclasses.asdict(found),
+        activations=None,
         temporary=None,
         peak=round(float(needed) * UNITS[unit]),
         available=round(float(has) * UNITS[has_unit]) if float(has) else int(available),

@@ -19,7 +19,9 @@ class Memory:
       optimizer: its state.
       other_state: averages, random keys and state that no gradient trains.
       batch: images and labels.
-      temporary: what the compiler keeps while a step runs, activations above all; None where it does not fit.
+      activations: what the forward pass leaves for the backward pass, in the layout that the compiler chose; a part of
+        temporary. With `accumulate`, of one part of the batch. None where it does not fit.
+      temporary: all that is kept while a step runs: activations, gradients and workspace; None where it does not fit.
       peak: all that a step needs at once; where it does not fit, what the compiler says that it would.
       available: what the chip has.
     """
@@ -28,6 +30,7 @@ class Memory:
     optimizer: int
     other_state: int
     batch: int
+    activations: int | None
     temporary: int | None
     peak: int
     available: int

@@ -32,6 +32,7 @@ def planned(topology="v5e:2x2", mesh=None, *, fits=True, steps=1000):
             optimizer=2 * GIB,
             other_state=0,
             batch=1,
+            activations=2 * GIB if fits else None,
             temporary=3 * GIB if fits else None,
             peak=6 * GIB if fits else 20 * GIB,
             available=int(15.75 * GIB),
@@ -74,6 +75,7 @@ def test_a_plan_is_text_that_says_bound_and_chip(asked, capsys):
         "  optimizer          2.000",
         "  other state        0.000",
         "  batch              0.000",
+        "  activations        2.000: from the forward to the backward pass, a part of temporary",
         "  temporary          3.000: activations, gradients and workspace",
         "  peak               6.000 of 15.750: fits",
         "",
@@ -114,9 +116,10 @@ def test_plans_side_by_side_are_columns(asked, capsys):
         ("v5p:2x2x1", Mesh(data=4), 0),
     ]
     title, *shown = capsys.readouterr().out.splitlines()
-    assert title.endswith("temporary is activations, gradients and workspace")
+    assert title.endswith("temporary has activations, gradients and workspace")
     lines = {line[:22].strip(): line[22:].split() for line in shown}
     assert lines["topology"] == ["v5e:2x2", "v6e:2x2", "v5e:2x2", "v5p:2x2x1"]
+    assert lines["activations GiB"] == ["2.000", "-", "2.000", "2.000"]
     assert lines["fits"] == ["yes", "NO", "yes", "yes"]
     assert lines["step ms, at least"] == ["73.00", "-", "73.00", "73.00"]
     assert "It does not fit: a chi" in lines

@@ -22,7 +22,8 @@ def advise(config, *, topology="v5e:4x4", mesh=None, peak=40 * GIB, available=15
     mesh = mesh or Mesh(data=16, expert=1)
     built = build(mesh, topology_devices(topology), 3)
     state = abstract_state(config, 12)
-    memory = {"parameters": 2 * GIB, "optimizer": 4 * GIB, "other_state": 0, "batch": 0, "temporary": None} | fields
+    memory = {"parameters": 2 * GIB, "optimizer": 4 * GIB, "other_state": 0, "batch": 0}
+    memory |= {"activations": None, "temporary": None} | fields
     plan = Plan(
         topology=topology,
         mesh=dict(built.shape),

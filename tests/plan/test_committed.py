@@ -32,6 +32,7 @@ def test_it_fits_and_adds_up(name):
     memory = plan["memory_bytes_per_chip"]
     stays = memory["parameters"] + memory["optimizer"] + memory["other_state"] + memory["batch"]
     assert plan["fits"] is True
+    assert 0 < memory["activations"] < memory["temporary"]
     assert stays + memory["temporary"] <= memory["peak"] <= memory["available"]
     total = plan["step_bound_seconds"]["total"]
     parts = {part: seconds for part, seconds in plan["step_bound_seconds"].items() if part != "total"}

@@ -31,7 +31,14 @@ def compiled(monkeypatch):
         axes = {name: getattr(mesh, name) for name in ("data", "fsdp", "expert", "model")}
         fits = mesh.expert != 4
         memory = Memory(
-            parameters=1, optimizer=1, other_state=0, batch=1, temporary=1, peak=1 if fits else 9, available=5
+            parameters=1,
+            optimizer=1,
+            other_state=0,
+            batch=1,
+            activations=1,
+            temporary=1,
+            peak=1 if fits else 9,
+            available=5,
         )
         bound = Bound(compiler=float(mesh.data), kernels=0.0, others=0.0, uncounted={}) if fits else None
         return Plan(
