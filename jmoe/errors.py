@@ -10,7 +10,7 @@ that a process which is killed has the status of its signal.
     76    no step ended for too long; the stacks of all threads are printed before it (STUCK). The same command goes on
     130   Ctrl-C: stopped, and saved what there was (InterruptedRunError)
     141   the reader of the output went away
-    143   SIGTERM, such as a preemption: the same (InterruptedRunError). The same command goes on
+    143   SIGTERM or the notice of a preemption: the same (InterruptedRunError). The same command goes on
 """
 
 LOST = 75  # what sysexits.h has for "try again later"

@@ -21,8 +21,6 @@ import pathlib
 import re
 import socket
 import threading
-import urllib.error
-import urllib.request
 from collections.abc import Iterator, Mapping
 
 import jax
@@ -30,6 +28,7 @@ import jax
 from jmoe.errors import LOST, UserError
 from jmoe.parallel.channel import Channel, Server, listen
 from jmoe.parallel.hosts import Hosts, connect_over_devices, delay_abort, end_process, format_table, set_current
+from jmoe.parallel.preemption import metadata
 
 logger = logging.getLogger("jmoe")
 
@@ -283,18 +282,5 @@ def _tpu_hosts(environment: Mapping[str, str]) -> int:
         return int(slices)
     named = environment.get("TPU_PROCESS_ADDRESSES") or environment.get("TPU_WORKER_HOSTNAMES")
     if named is None and "TPU_SKIP_MDS_QUERY" not in environment:
-        named = _metadata("worker-network-endpoints", environment.get("GCE_METADATA_IP", "metadata.google.internal"))
+        named = metadata("attributes/worker-network-endpoints", environment)
     return len((named or "").split(","))
-
-
-def _metadata(key: str, server: str) -> str | None:
-    """An attribute of a machine of Google's cloud; None elsewhere."""
-    request = urllib.request.Request(
-        f"http://{server}/computeMetadata/v1/instance/attributes/{key}", headers={"Metadata-Flavor": "Google"}
-    )
-    opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
-    try:
-        with opener.open(request, timeout=5) as answer:
-            return answer.read().decode()
-    except (OSError, urllib.error.URLError):
-        return None

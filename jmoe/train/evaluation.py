@@ -4,7 +4,7 @@ import contextlib
 import dataclasses
 import os
 import pathlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 
 import jax
 import jax.numpy as jnp
@@ -18,15 +18,16 @@ from jmoe.train.checkpoint import Checkpointer
 from jmoe.train.checks import check_classes, check_images, readable
 from jmoe.train.compiled import mesh_of, placed, state_shardings
 from jmoe.train.config import TrainConfig
-from jmoe.train.feed import evaluation_devices
+from jmoe.train.feed import Batch, evaluation_devices
 from jmoe.train.state import TrainState, graph_of, initial_state, make_model
 from jmoe.train.workdir import CHECKPOINTS
 
 
-def evaluator_of(config: TrainConfig, mesh: jax.sharding.Mesh | None = None) -> Callable[[TrainState], Evaluation]:
+def evaluator_of(config: TrainConfig, mesh: jax.sharding.Mesh | None = None) -> Callable[..., Evaluation]:
     """Returns a function that evaluates a state on the test images, with its averaged parameters if it has them.
 
-    The state lies on the devices of the mesh; on all, as the experiment's mesh has them, if None.
+    The state lies on the devices of the mesh; on all, as the experiment's mesh has them, if None. A second argument of
+    the function is called before every batch, and ends the evaluation by raising what it likes.
     """
     check_classes(config)
     mesh = mesh_of(config) if mesh is None else mesh
@@ -35,12 +36,23 @@ def evaluator_of(config: TrainConfig, mesh: jax.sharding.Mesh | None = None) -> 
     rows, devices = evaluation_devices(config, mesh, batch_size)
     evaluate = make_evaluator(graph_of(config), config.loss, config.model.members, devices)
 
-    def evaluator(state: TrainState) -> Evaluation:
+    def evaluator(state: TrainState, before_batch: Callable[[], None] = nothing) -> Evaluation:
         batches = test_batches(config.data, batch_size=batch_size, rows=rows)
         with contextlib.closing(batches), jax.set_mesh(mesh):
-            return evaluate((check_images(config, batch) for batch in batches), *arrays_of(state))
+            return evaluate(checked(config, batches, before_batch), *arrays_of(state))
 
     return evaluator
+
+
+def nothing() -> None:
+    """What is done before a batch if nothing is to be."""
+
+
+def checked(config: TrainConfig, batches: Iterable[Batch], before_batch: Callable[[], None]) -> Iterator[Batch]:
+    """Yields batches whose images are of the size that the model takes; calls a function before each."""
+    for batch in batches:
+        before_batch()
+        yield check_images(config, batch)
 
 
 def for_evaluation(config: TrainConfig) -> TrainConfig:

@@ -11,18 +11,17 @@ import numpy as np
 from jmoe.data import DataConfig, test_batches
 from jmoe.errors import UserError
 from jmoe.evaluate.fewshot import FeatureSet, FewShotResult, few_shot_accuracy, make_featurizer
-from jmoe.train.checks import check_images
 from jmoe.train.compiled import mesh_of
 from jmoe.train.config import FewShot, TrainConfig
-from jmoe.train.evaluation import arrays_of, evaluation_batch_size, for_evaluation, restore
+from jmoe.train.evaluation import arrays_of, checked, evaluation_batch_size, for_evaluation, nothing, restore
 from jmoe.train.feed import evaluation_devices
 from jmoe.train.state import TrainState, graph_of
 
 
-def few_shot_evaluator_of(
-    config: TrainConfig, mesh: jax.sharding.Mesh | None = None
-) -> Callable[[TrainState], FewShotResult]:
+def few_shot_evaluator_of(config: TrainConfig, mesh: jax.sharding.Mesh | None = None) -> Callable[..., FewShotResult]:
     """Returns a function that evaluates a state as config.evaluate.fewshot says, as published where that is None.
+
+    Its second argument is as in `jmoe.train.evaluation.evaluator_of`.
 
     The features of a whole training split are computed, though few of them are fitted on: a class is known only when
     the image is read. Of a large dataset, name a slice, such as TFDS("imagenet2012", train="train[:10%]").
@@ -39,11 +38,11 @@ def few_shot_evaluator_of(
     rows, devices = evaluation_devices(config, mesh, batch_size)
     featurize = make_featurizer(graph_of(config), config.model.members, devices)
 
-    def features(data: DataConfig, split: str, state: TrainState) -> FeatureSet:
+    def features(data: DataConfig, split: str, state: TrainState, before_batch: Callable[[], None]) -> FeatureSet:
         on_data = dataclasses.replace(config, data=data)
         batches = test_batches(data, split=split, batch_size=batch_size, rows=rows)
         with contextlib.closing(batches), jax.set_mesh(mesh):
-            return featurize((check_images(on_data, batch) for batch in batches), *arrays_of(state))
+            return featurize(checked(on_data, batches, before_batch), *arrays_of(state))
 
     def accuracy(name: str, train: FeatureSet, test: FeatureSet) -> np.ndarray:
         num_classes = datasets[name].source.num_classes
@@ -61,10 +60,11 @@ def few_shot_evaluator_of(
         except ValueError as error:
             raise UserError(f"{name}: {error}") from error
 
-    def evaluator(state: TrainState) -> FewShotResult:
+    def evaluator(state: TrainState, before_batch: Callable[[], None] = nothing) -> FewShotResult:
         accuracies, images = {}, {}
         for name, data in datasets.items():
-            train, test = features(data, data.source.train, state), features(data, data.source.test, state)
+            splits = (data.source.train, data.source.test)
+            train, test = (features(data, split, state, before_batch) for split in splits)
             accuracies[name] = accuracy(name, train, test)
             images[name] = len(test.labels)
         return FewShotResult.at_best_l2(accuracies, options.shots, options.l2, images)

@@ -18,6 +18,7 @@ from jmoe.errors import InterruptedRunError, UserError
 from jmoe.evaluate.accuracy import Evaluation
 from jmoe.parallel import mesh as meshes
 from jmoe.parallel.hosts import Hosts, code_version, current, package_versions
+from jmoe.parallel.preemption import watched
 from jmoe.parallel.stop import AgreedStop
 from jmoe.parallel.watchdog import Watchdog
 from jmoe.train import workdir as folders
@@ -79,10 +80,11 @@ def train(config: TrainConfig, workdir: str | os.PathLike[str]) -> Summary:
 
     Raises:
       UserError: something that the user can mend, in one sentence; what was saved is intact.
-      InterruptedRunError: Ctrl-C or SIGTERM, after the state was saved; or before the first step, with nothing to save.
+      InterruptedRunError: Ctrl-C, SIGTERM or the notice of a preemption, after the state was saved; or before the first
+        step, with nothing to save.
     """
     try:
-        with StopRequest() as stop:
+        with StopRequest() as stop, watched(stop.ask):
             return _train(config, workdir, stop)
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT):
@@ -153,9 +155,23 @@ def _train(config: TrainConfig, workdir: str | os.PathLike[str], stop: StopReque
         watchdog = None if config.watchdog is None else stack.enter_context(Watchdog(multiple=config.watchdog))
         paused = contextlib.nullcontext if watchdog is None else watchdog.paused
 
+        def end_if(stopped_by: int | None, step: int) -> None:
+            if stopped_by is None:
+                return
+            checkpointer.wait()
+            if checkpointer.latest() != step:
+                checkpointer.save(step, state, position | {"step": step})
+                checkpointer.wait()
+            raise InterruptedRunError(
+                f"Stopped after step {step} of {steps}, saved in {path}. Run the same command to go on.", stopped_by
+            )
+
         def test(step: int) -> Evaluation:
-            evaluation = evaluator(state)
-            few_shot_metrics = {} if few_shot is None else few_shot(state).metrics()
+            def before_batch() -> None:  # there may be no time for the others
+                end_if(agreed.update(stop.signum), step)
+
+            evaluation = evaluator(state, before_batch)
+            few_shot_metrics = {} if few_shot is None else few_shot(state, before_batch).metrics()
             if writer is not None and progress is not None:
                 writer.write(step, _test_metrics(evaluation) | few_shot_metrics)
                 progress.print(f"step {step}: test accuracy {100 * evaluation.accuracy:.2f} %")
@@ -180,14 +196,9 @@ def _train(config: TrainConfig, workdir: str | os.PathLike[str], stop: StopReque
                     progress.update(step, values["loss"])
                 recent = []
             with paused():
-                if due or step % save_every == 0:
+                if step == steps or step % save_every == 0:
                     checkpointer.save(step, state, position | {"step": step})
-                if stopped_by is not None:  # without evaluating, for which there may be no time
-                    checkpointer.wait()
-                    raise InterruptedRunError(
-                        f"Stopped after step {step} of {steps}, saved in {path}. Run the same command to go on.",
-                        stopped_by,
-                    )
+                end_if(stopped_by, step)
                 if step == steps or step % evaluate_every == 0:
                     evaluation = test(step)
             if watchdog is not None:

@@ -1,4 +1,4 @@
-"""Stopping a run from outside: the first signal asks, the second insists."""
+"""Stopping a run from outside: the first request asks, the second insists."""
 
 import logging
 import signal
@@ -17,7 +17,8 @@ class StopRequest:
 
     A second signal is handled as if nobody had asked for politeness: it interrupts at once. But one that follows the
     first immediately belongs to it: a terminal or a service manager signals all processes, and the script that started
-    this one passes on its own.
+    this one passes on its own. And so does the first after `ask`: a machine that announces its end goes on to send
+    SIGTERM.
 
     Attributes:
       signum: the number of the signal that came, or None.
@@ -26,8 +27,14 @@ class StopRequest:
     def __init__(self) -> None:
         """Nothing is noted before it is entered."""
         self.signum: int | None = None
-        self._since = 0.0
+        self._since: float | None = None  # when the first signal came
         self._before: dict[int, Any] = {}
+
+    def ask(self, why: str) -> None:
+        """Stops the run as SIGTERM would; from any thread."""
+        if self.signum is None:
+            self.signum = signal.SIGTERM
+            _say(why)
 
     def __enter__(self) -> "StopRequest":
         """Starts to note signals; does nothing outside the main thread, which gets none."""
@@ -43,9 +50,11 @@ class StopRequest:
     def _note(self, signum: int, frame: FrameType | None) -> None:
         del frame
         now = time.monotonic()
-        if self.signum is None:
-            self.signum, self._since = signum, now
-            logger.warning("%s: stopping as soon as what was computed is saved.", signal.Signals(signum).name)
+        if self._since is None:
+            self._since = now
+            if self.signum is None:
+                self.signum = signum
+                _say(signal.Signals(signum).name)
         elif now - self._since >= _TOGETHER:
             self._restore()
             signal.raise_signal(signum)
@@ -54,3 +63,7 @@ class StopRequest:
         for signum, handler in self._before.items():
             signal.signal(signum, handler)
         self._before = {}
+
+
+def _say(why: str) -> None:
+    logger.warning("%s: stopping as soon as what was computed is saved.", why)

@@ -1,8 +1,6 @@
-import http.server
 import os
 import socket
 import sys
-import threading
 
 import pytest
 
@@ -11,6 +9,7 @@ from jmoe.errors import LOST, UserError
 from jmoe.parallel import hosts, startup
 from jmoe.parallel.startup import Addresses, check, cluster, start
 from tests.parallel import processes
+from tests.parallel.metadata import serving
 
 HERE = socket.gethostname()
 SLURM = {
@@ -154,31 +153,6 @@ def test_an_indexed_kubernetes_job_needs_its_package(monkeypatch):
         cluster(environment)
 
 
-@pytest.fixture
-def metadata():
-    """A server like that of a machine's metadata; its attribute can be set."""
-
-    class Answer(http.server.BaseHTTPRequestHandler):
-        endpoints = None
-
-        def do_GET(self):
-            wanted = "/computeMetadata/v1/instance/attributes/worker-network-endpoints"
-            known = self.path == wanted and self.headers["Metadata-Flavor"] == "Google" and self.endpoints is not None
-            self.send_response(200 if known else 404)
-            self.end_headers()
-            if known:
-                self.wfile.write(self.endpoints.encode())
-
-        def log_message(self, *_):
-            pass
-
-    with http.server.HTTPServer(("127.0.0.1", 0), Answer) as server:
-        threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
-        Answer.address = f"127.0.0.1:{server.server_port}"
-        yield Answer
-        server.shutdown()
-
-
 @pytest.mark.parametrize(
     ("environment", "endpoints", "found"),
     [
@@ -193,10 +167,12 @@ def metadata():
         ({"TPU_WORKER_HOSTNAMES": "a,b", "KUBERNETES_SERVICE_HOST": "1", "JOB_COMPLETION_INDEX": "1"}, None, "TPU"),
     ],
 )
-def test_a_tpu_slice_of_several_hosts_is_found(environment, endpoints, found, metadata, monkeypatch):
+def test_a_tpu_slice_of_several_hosts_is_found(environment, endpoints, found, monkeypatch):
     monkeypatch.setattr(startup, "_has_tpu", lambda: True)
-    metadata.endpoints = endpoints
-    assert cluster({"GCE_METADATA_IP": metadata.address} | environment) == found
+    with serving() as metadata:
+        if endpoints is not None:
+            metadata["attributes/worker-network-endpoints"] = endpoints
+        assert cluster({"GCE_METADATA_IP": metadata.address} | environment) == found
 
 
 def test_one_process_starts_nothing(monkeypatch):

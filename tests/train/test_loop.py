@@ -27,6 +27,7 @@ from jmoe.train.overrides import apply_overrides
 from jmoe.train.state import initial_state, make_optimizer
 from jmoe.train.workdir import differences_from_run
 from tests.aot import slow_but
+from tests.parallel.metadata import serving
 from tests.train.tiny import tiny_config
 
 
@@ -124,7 +125,7 @@ def stop_at(monkeypatch, step):
 def test_a_stop_does_not_wait_for_an_evaluation(finished, tmp_path, monkeypatch, stop_after):
     _, summary = finished
     stop_at(monkeypatch, stop_after)
-    monkeypatch.setattr(loop, "evaluator_of", lambda config, mesh: lambda state: pytest.fail("evaluated"))
+    monkeypatch.setattr(loop, "evaluator_of", lambda config, mesh: lambda *args: pytest.fail("evaluated"))
     with pytest.raises(InterruptedRunError, match=f"Stopped after step {stop_after} of 12, saved in"):
         train(tiny_config(evaluate=EvalConfig(every=stop_after, batch_size=96)), tmp_path)
     assert str(stop_after) in os.listdir(tmp_path / "checkpoints")
@@ -134,6 +135,59 @@ def test_a_stop_does_not_wait_for_an_evaluation(finished, tmp_path, monkeypatch,
         assert (resumed.resumed_from, resumed.evaluation) == (12, summary.evaluation)
         lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
         assert [line["step"] for line in lines if "test/accuracy" in line] == [12]
+
+
+@pytest.mark.parametrize("stop_after", [5, 12])
+def test_an_evaluation_under_way_is_left_for_a_stop(finished, tmp_path, monkeypatch, stop_after):
+    _, summary = finished
+    config = tiny_config(evaluate=EvalConfig(every=stop_after, batch_size=96))
+    make, seen = loop.evaluator_of, []
+
+    def interrupting(config, mesh):
+        evaluator = make(config, mesh)
+
+        def evaluate(state, before_batch):
+            def second_batch():
+                seen.append(1)
+                if len(seen) == 2:
+                    os.kill(os.getpid(), signal.SIGTERM)
+                before_batch()
+
+            return evaluator(state, second_batch)
+
+        return evaluate
+
+    monkeypatch.setattr(loop, "evaluator_of", interrupting)
+    with pytest.raises(InterruptedRunError, match=f"Stopped after step {stop_after} of 12, saved in") as stopped:
+        train(config, tmp_path)
+    assert (len(seen), stopped.value.exit_code) == (2, 143)  # of four batches
+    assert str(stop_after) in os.listdir(tmp_path / "checkpoints")  # after step 5 nothing would have been saved
+    monkeypatch.undo()
+    resumed = train(config, tmp_path)
+    assert (resumed.resumed_from, resumed.evaluation) == (stop_after, summary.evaluation)
+
+
+def test_the_notice_of_a_preemption_stops_like_sigterm(tmp_path, monkeypatch, caplog):
+    with serving() as cloud:
+        cloud["preempted"] = "FALSE"
+        monkeypatch.setenv("GCE_METADATA_HOST", cloud.address)
+        monkeypatch.setattr(loop.Progress, "update", lambda *_: cloud.__setitem__("preempted", "TRUE"))
+        with pytest.raises(InterruptedRunError, match="Stopped after step .* to go on") as stopped:
+            train(tiny_config(steps=10_000), tmp_path)
+    assert stopped.value.exit_code == 143
+    assert "Google Cloud preempts this machine: stopping as soon as" in caplog.text
+
+
+def test_the_signal_that_follows_a_notice_does_not_insist(monkeypatch):
+    monkeypatch.setattr(signals, "_TOGETHER", 0.0)
+    with signals.StopRequest() as stop:
+        stop.ask("The machine goes")
+        signal.raise_signal(signal.SIGTERM)
+        stop.ask("It still goes")
+        assert stop.signum == signal.SIGTERM
+    with signals.StopRequest() as stop:
+        signal.raise_signal(signal.SIGTERM)
+        stop.ask("The machine goes")  # changes nothing
 
 
 def test_a_signal_before_the_first_step_ends_the_run_without_it(tmp_path, monkeypatch):
