@@ -144,6 +144,8 @@ def start(
     """Starts one process for each command, each with so many CPU devices; all have ended when the block is left."""
     whole = {name: value for name, value in os.environ.items() if not name.startswith(("SLURM_", "OMPI_"))}
     whole |= {"JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": str(devices), "PYTHONPATH": str(ROOT)}
+    # Their programs are small and run a few times: most of their time is the compiler's.
+    whole |= {"JAX_DISABLE_MOST_OPTIMIZATIONS": "1"}
     whole |= {"PYTHONUNBUFFERED": "1"} | dict(environment or {})
     coordinator = f"127.0.0.1:{free_port()}"
     filled = []

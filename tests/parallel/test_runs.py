@@ -1,5 +1,6 @@
 """Runs of several processes: stopped by force or by a signal, resumed by another number, and the same in the end."""
 
+import json
 import os
 import pathlib
 import shutil
@@ -19,9 +20,12 @@ from jmoe.train.experiment import load_experiment
 from jmoe.train.state import initial_state, make_optimizer
 from tests.parallel import processes
 
-STEPS = 60
-# Every token takes all experts: were it to choose two, a rounding error could decide between equals, which sends the
-# token elsewhere and is no rounding error any more.
+STEPS = 40
+# Where numbers of processes are compared, every token takes all experts: were it to choose two, a rounding error could
+# decide between equals, which sends the token elsewhere and is no rounding error any more.
+SMOOTH = "TopK(k=4, capacity_factor=None)"
+# Where they are the same, so are the bits, whatever is chosen, dropped or drawn.
+FULL = "TopK(k=2, capacity_factor=0.5, batch_priority=True)"
 EXPERIMENT = f"""
 from jmoe import MoEConfig, TopK
 from jmoe.train.config import CheckpointConfig, EvalConfig
@@ -30,19 +34,23 @@ import dataclasses
 
 
 def get_config():
-    often = {{"log_every": 1, "checkpoint": CheckpointConfig(every=8), "evaluate": EvalConfig(every=30)}}
+    often = {{"log_every": 1, "checkpoint": CheckpointConfig(every=8), "evaluate": EvalConfig(every=20)}}
     config = tiny_config(steps={STEPS}, **often)
-    moe = dataclasses.replace(config.model.moe, num_experts=4, router=TopK(k=4, capacity_factor=None))
+    moe = dataclasses.replace(config.model.moe, num_experts=4, router=ROUTER)
     optimizer = dataclasses.replace(config.optimizer, peak_lr=1e-3, eps=1e-3)  # see final_state
     return dataclasses.replace(config, model=dataclasses.replace(config.model, moe=moe), optimizer=optimizer)
 """
 
 
+def write(folder, router):
+    path = folder / "digits_small.py"
+    path.write_text(EXPERIMENT.replace("ROUTER", router))
+    return path
+
+
 @pytest.fixture(scope="module")
 def experiment(tmp_path_factory):
-    path = tmp_path_factory.mktemp("experiment") / "digits_small.py"
-    path.write_text(EXPERIMENT)
-    return path
+    return write(tmp_path_factory.mktemp("experiment"), SMOOTH)
 
 
 def run(experiment, workdir, count, *options):
@@ -95,21 +103,51 @@ def uninterrupted(experiment, tmp_path_factory):
     return final_state(experiment, workdir)
 
 
+def kill(experiment, workdir, count, victim):
+    """Starts a run of so many processes and kills one of them in the middle; the others end, and say why."""
+    with run(experiment, workdir, count) as running:
+        running.wait_for(0, f"step 14/{STEPS}", 200)
+        running.kill(victim)
+        ended = running.wait(90)
+    for process, end in enumerate(ended):
+        assert end.status == (-signal.SIGKILL if process == victim else LOST), end
+        assert process == victim or f"process {victim}" in end.stderr
+
+
+def resumed(experiment, workdir, count):
+    """The arrays that so many processes end with which go on with a copy of a run."""
+    copied = workdir.with_name(f"{workdir.name} by {count}")
+    shutil.copytree(workdir, copied)
+    assert "resumed from step" in finish(experiment, copied, count)[0].stdout
+    return final_state(experiment, copied)
+
+
 @pytest.mark.slow
 def test_a_killed_run_is_resumed_by_any_number_of_processes(experiment, uninterrupted, tmp_path):
     workdir = tmp_path / "killed"
-    with run(experiment, workdir, 2) as running:
-        running.wait_for(0, f"step 20/{STEPS}", 200)
-        running.kill(1)
-        ended = running.wait(90)
-    assert ended[0].status == LOST
-    assert "process 1" in ended[0].stderr
+    kill(experiment, workdir, 2, victim=1)
     for count in (2, 4, 1):
-        shutil.copytree(workdir, tmp_path / str(count))
-        finished = finish(experiment, tmp_path / str(count), count)
-        assert "resumed from step" in finished[0].stdout
         # The same shape of the job: the same sums in the same order.
-        check_equal(final_state(experiment, tmp_path / str(count)), uninterrupted, 0 if count == 2 else 1e-5)
+        check_equal(resumed(experiment, workdir, count), uninterrupted, 0 if count == 2 else 1e-5)
+
+
+@pytest.mark.slow
+def test_one_of_four_is_killed_and_four_or_two_go_on(experiment, uninterrupted, tmp_path):
+    finish(experiment, tmp_path / "whole", 4)
+    workdir = tmp_path / "killed"
+    kill(experiment, workdir, 4, victim=2)
+    check_equal(resumed(experiment, workdir, 4), final_state(experiment, tmp_path / "whole"), 0)
+    check_equal(resumed(experiment, workdir, 2), uninterrupted, 1e-5)
+
+
+@pytest.mark.slow
+def test_a_killed_run_that_drops_tokens_ends_with_the_same_bits(tmp_path):
+    experiment = write(tmp_path, FULL)
+    finish(experiment, tmp_path / "whole", 2)
+    kill(experiment, tmp_path / "killed", 2, victim=0)
+    check_equal(resumed(experiment, tmp_path / "killed", 2), final_state(experiment, tmp_path / "whole"), 0)
+    lines = map(json.loads, (tmp_path / "whole/metrics.jsonl").read_text().splitlines())
+    assert all(line["train/block_1/dropped_tokens"] > 0 for line in lines if "train/loss" in line)
 
 
 @pytest.mark.slow
