@@ -9,8 +9,9 @@
 #
 #   gcloud compute tpus tpu-vm ssh "$TPU" --zone="$ZONE" --worker=0 --command='kill -TERM $(cat train.pid)'
 #
-# Nobody ends it after a grace period then. When a spot slice is taken there is none to set: its machines go down within
-# seconds, and SIGTERM may come too late or not at all. Count on the last checkpoint: set checkpoint.every accordingly.
+# Nobody ends it after a grace period then. When a spot slice is taken, jmoe hears it from the machines' metadata and saves;
+# there are about 30 seconds for that, which cannot be set. Where that is too little, set checkpoint.every to what you can
+# lose.
 set -euo pipefail
 
 TPU=my-slice            # its name; a v5litepod-256 has 64 hosts

@@ -3,7 +3,6 @@
 import contextlib
 import dataclasses
 import os
-import pathlib
 from collections.abc import Callable, Iterable, Iterator
 
 import jax
@@ -20,7 +19,7 @@ from jmoe.train.compiled import mesh_of, placed, state_shardings
 from jmoe.train.config import TrainConfig
 from jmoe.train.feed import Batch, evaluation_devices
 from jmoe.train.state import TrainState, graph_of, initial_state, make_model
-from jmoe.train.workdir import CHECKPOINTS
+from jmoe.train.workdir import CHECKPOINTS, local
 
 
 def evaluator_of(config: TrainConfig, mesh: jax.sharding.Mesh | None = None) -> Callable[..., Evaluation]:
@@ -112,7 +111,7 @@ def restore(
     Raises:
       UserError: there is no such checkpoint, it is damaged, or it is of another model.
     """
-    directory = pathlib.Path(workdir) / CHECKPOINTS
+    directory = local(workdir) / CHECKPOINTS
     if not directory.is_dir():
         raise UserError(f"{workdir} holds no checkpoints. Train first: jmoe train EXPERIMENT --workdir {workdir}")
     # Only what is evaluated is restored, so that options of training may differ.

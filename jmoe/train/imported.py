@@ -10,7 +10,6 @@ import functools
 import json
 import logging
 import os
-import pathlib
 import shutil
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -31,7 +30,7 @@ from jmoe.train.config_json import from_json, to_json
 from jmoe.train.drafts import Draft, draft_of
 from jmoe.train.initialize import read_folder
 from jmoe.train.overrides import apply_overrides
-from jmoe.train.workdir import CHECKPOINTS, MODEL, read_config
+from jmoe.train.workdir import CHECKPOINTS, MODEL, local, read_config
 
 JMOE = "jmoe"
 _NOTE = "model"  # the configuration, beside what jmoe writes in other formats
@@ -148,7 +147,7 @@ def save_model(
     Raises:
       UserError: the parameters are not those of the model, or the folder cannot be written.
     """
-    target = pathlib.Path(directory).absolute()
+    target = local(directory).absolute()
     check({name: np.shape(array) for name, array in params.items()}, config, "What is to be saved")
     state = {"step": np.int32(step), "params": nest(params), "variables": _variables(config)}
     state |= {"key": jax.random.fold_in(jax.random.key(0), 1), "optimizer": nest(optimizer or {})}
@@ -211,13 +210,13 @@ def for_folder(experiment: TrainConfig, workdir: str | os.PathLike[str], sets: S
     Raises:
       UserError: an edit is wrong, or asks for a model of other parameters.
     """
-    file = pathlib.Path(workdir) / MODEL
+    file = local(workdir) / MODEL
     if not file.exists():
         return apply_overrides(experiment, sets)
     log.info("The model is the converted one of %s; the experiment gives the data.", file)
     model = read_config(workdir)
     here = {"model": model, "evaluate": dataclasses.replace(experiment.evaluate, router=None)}
-    averaged = any(name.startswith("average/") for name in peek(pathlib.Path(workdir) / CHECKPOINTS)["leaves"])
+    averaged = any(name.startswith("average/") for name in peek(file.with_name(CHECKPOINTS))["leaves"])
     here["ema_decay"] = (experiment.ema_decay or 0.5) if averaged else None  # any, as nothing is averaged here
     config = apply_overrides(Draft(TrainConfig, draft_of(experiment).values | here, (str(file),)), sets)
     if config.model != model:

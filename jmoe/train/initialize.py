@@ -8,7 +8,6 @@ import dataclasses
 import difflib
 import logging
 import os
-import pathlib
 import re
 from collections.abc import Iterable, Mapping
 from typing import Any
@@ -101,7 +100,7 @@ def read_folder(path: str | os.PathLike[str], *, step: int | None = None, optimi
     Raises:
       UserError: there is none, or it is damaged.
     """
-    folder = pathlib.Path(path)
+    folder = folders.local(path)
     directory = folder / folders.CHECKPOINTS
     if not directory.is_dir():
         raise UserError(f"{folder} holds no checkpoints: it is neither the folder of a run nor a converted one.")

@@ -104,7 +104,7 @@ def _train(config: TrainConfig, workdir: str | os.PathLike[str], stop: StopReque
     position = {"seed": config.seed, "global_batch": config.data.batch_size, "fingerprint": fingerprint(config.data)}
     if hosts.count > 1:
         hosts.compare(_what_hosts_share(config, position))
-    path, ended = pathlib.Path(workdir).absolute(), ""
+    path, ended = folders.local(workdir).absolute(), ""
     if main:
         path = folders.prepare(workdir, config)
         ended = (path / folders.SUMMARY).read_text() if (path / folders.SUMMARY).exists() else ""

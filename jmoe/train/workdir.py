@@ -3,6 +3,7 @@
 import json
 import os
 import pathlib
+import re
 from collections.abc import Sequence
 from typing import Any
 
@@ -19,6 +20,17 @@ SUMMARY = "summary.json"
 _FREE = ("checkpoint", "evaluate", "log_every", "mesh", "sharding", "watchdog")
 
 
+def local(path: str | os.PathLike[str]) -> pathlib.Path:
+    """The path of a folder or file in a file system; raises UserError for an address such as gs://bucket/run."""
+    text = os.fspath(path)
+    if scheme := re.match(r"([a-zA-Z][\w+.-]*):/+", text):
+        raise UserError(
+            f"{text} is not in a file system: jmoe reads and writes folders. Mount the bucket on every host, such as "
+            f"by gcsfuse for gs://, and give the folder: /mnt/{text[scheme.end() :]}."
+        )
+    return pathlib.Path(path)
+
+
 def prepare(workdir: str | os.PathLike[str], config: TrainConfig) -> pathlib.Path:
     """Makes the folder of a new run, or checks that it holds this one, and records the config.
 
@@ -27,7 +39,7 @@ def prepare(workdir: str | os.PathLike[str], config: TrainConfig) -> pathlib.Pat
     Raises:
       UserError: the folder holds another experiment (the message says what differs), or cannot be written.
     """
-    path = pathlib.Path(workdir).absolute()
+    path = local(workdir).absolute()
     new = to_json(config)
     try:
         path.mkdir(parents=True, exist_ok=True)
@@ -70,7 +82,7 @@ def read_config(workdir: str | os.PathLike[str]) -> Any:
     Raises:
       UserError: it has none, or one that cannot be read here.
     """
-    file = pathlib.Path(workdir) / MODEL
+    file = local(workdir) / MODEL
     file = file if file.exists() else file.with_name(CONFIG)
     try:
         return from_json(json.loads(file.read_text()))

@@ -1,9 +1,14 @@
 import json
+import pathlib
 
 import pytest
 
 from jmoe.errors import UserError
 from jmoe.train import workdir as folders
+from jmoe.train.evaluation import evaluate_checkpoint
+from jmoe.train.imported import for_folder, save_model
+from jmoe.train.initialize import read_folder
+from jmoe.train.loop import train
 from jmoe.train.overrides import apply_overrides
 from tests.train.tiny import tiny_config
 
@@ -47,3 +52,30 @@ def test_the_config_of_a_folder_can_be_read(begun, tmp_path):
     (begun / "config.json").write_text("{")
     with pytest.raises(UserError, match=r"config\.json is not a configuration of this jmoe: Expecting property"):
         folders.read_config(begun)
+
+
+@pytest.mark.parametrize(
+    "use",
+    [
+        lambda path: train(tiny_config(), path),
+        lambda path: evaluate_checkpoint(tiny_config(), path),
+        lambda path: for_folder(tiny_config(), path, []),
+        lambda path: read_folder(path),
+        lambda path: folders.read_config(path),
+        lambda path: save_model(path, tiny_config().model, {}),
+    ],
+)
+def test_an_address_is_not_taken_for_a_folder(use, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(
+        UserError,
+        match="gs://bucket/runs/s32 is not in a file system: jmoe reads and writes folders. Mount the bucket on every "
+        "host, such as by gcsfuse for gs://, and give the folder: /mnt/bucket/runs/s32.",
+    ):
+        use("gs://bucket/runs/s32")
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_folder_may_have_a_colon_in_its_name(tmp_path):
+    assert folders.local(tmp_path / "at 10:30") == tmp_path / "at 10:30"
+    assert folders.local("a:b") == pathlib.Path("a:b")
