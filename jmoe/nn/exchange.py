@@ -81,8 +81,8 @@ class Exchange(Protocol):
         """Options for `jax.jit` by which they do."""
         ...
 
-    def split(self, x: Shaped[Array, "..."]) -> Shaped[Array, "..."]:
-        """Says that axis 0 (images, groups) is divided among devices."""
+    def split(self, x: Shaped[Array, "..."], axis: int = 0) -> Shaped[Array, "..."]:
+        """Says that an axis (images, groups) is divided among devices."""
         ...
 
     def per_group(
@@ -144,7 +144,7 @@ class _OneDevice:
     def compiler_options(self) -> dict[str, str]:
         return {}
 
-    def split(self, x: Any) -> Any:
+    def split(self, x: Any, axis: int = 0) -> Any:
         return x
 
     def per_group(self, function: Callable[..., Any], *trees: Any, **options: Any) -> Any:

@@ -72,9 +72,9 @@ class Exchange:
         on_tpu = mesh.devices.flat[0].platform == "tpu"
         self.compiler_options = {"xla_tpu_enable_async_all_to_all": "true"} if on_tpu and self.overlaps else {}
 
-    def split(self, x: Array) -> Array:
-        """Says that axis 0 (images, groups) is divided among devices."""
-        return jax.lax.with_sharding_constraint(x, NamedSharding(self.mesh, PartitionSpec(BATCH)))
+    def split(self, x: Array, axis: int = 0) -> Array:
+        """Says that an axis (images, groups) is divided among devices."""
+        return jax.lax.with_sharding_constraint(x, NamedSharding(self.mesh, PartitionSpec(*[None] * axis, BATCH)))
 
     def per_group(
         self,
@@ -119,7 +119,10 @@ class Exchange:
     def with_experts(
         self, function: Callable[..., Any], parameters: Any, axes: Mapping[str, str], *trees: Any, key: Any = None
     ) -> Any:
-        """Calls function(parameters, carrier, *trees, key) on every device with its experts and its groups."""
+        """Calls function(parameters, carrier, *trees, key) on every device with its experts and its groups.
+
+        Every device has a key of its own, so that what is drawn by it depends on the mesh.
+        """
         leaves, treedef = jax.tree.flatten(parameters)
         letters = [axes[name.split("/")[-1]] for name in path_names(parameters)]
         by_letter = {"E": "expert", "F": "model"}

@@ -65,7 +65,11 @@ def make_step(
         """Gradients and metrics of a batch, as the mean over config.accumulate parts of it."""
         if config.accumulate == 1:
             return gradient(state.params, state.variables, batch["image"], batch["label"], key)
-        parts = jax.tree.map(lambda a: a.reshape(config.accumulate, -1, *a.shape[1:]), (batch["image"], batch["label"]))
+        # Each part is divided among all devices, here and not anew in every turn of the loop.
+        parts = tuple(
+            exchange.split(a.reshape(config.accumulate, -1, *a.shape[1:]), axis=1)
+            for a in (batch["image"], batch["label"])
+        )
 
         def add(carry: Any, part: Any) -> tuple[Any, None]:
             variables, sums = carry

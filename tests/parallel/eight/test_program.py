@@ -9,6 +9,8 @@ import pytest
 from jax.sharding import PartitionSpec
 
 from jmoe import MoEConfig, TopK
+from jmoe.analysis.collectives import KINDS
+from jmoe.analysis.hlo import arrays, executed, parse
 from jmoe.data import train_batches
 from jmoe.errors import UserError
 from jmoe.parallel import Mesh
@@ -63,6 +65,16 @@ def test_steps_with_remat_and_parts_of_a_batch_are_those_of_one_device():
     assert {name: leaf.sharding.spec for name, leaf in state.items()} == {n: w.sharding.spec for n, w in where.items()}
     w_in = state["optimizer/direction/mu/blocks/1/moe/experts/w_in"]  # [4, 8, 12]
     assert {shard.data.shape for shard in w_in.addressable_shards} == {(2, 4, 12)}
+
+
+def test_parts_of_a_batch_are_divided_among_devices_once_and_as_bytes():
+    program = make_program(config_with(Mesh(data=2, expert=4), accumulate=3), 12)
+    with jax.set_mesh(program.mesh):
+        compiled = parse(program.step.lower(program.state, program.batch).compile().as_text())
+    exchanged = [(o, times) for o, times in executed(compiled) if o.opcode.removesuffix("-start") in KINDS]
+    images = [(o.shape, times) for o, times in exchanged if any(axes[-3:] == (8, 8, 1) for _, axes in arrays(o.shape))]
+    assert images
+    assert all("u8[" in shape and times == 1 for shape, times in images), images
 
 
 def test_a_state_is_drawn_as_on_one_device():
