@@ -12,6 +12,7 @@ import logging
 import os
 import pathlib
 import threading
+import urllib.error
 import urllib.request
 from collections.abc import Callable, Iterator, Mapping
 
@@ -20,6 +21,7 @@ logger = logging.getLogger("jmoe")
 _PRODUCT = pathlib.Path("/sys/class/dmi/id/product_name")
 _ANSWERS_WITHIN = 60  # seconds: a server that is asked to wait for a change says after them that there was none
 _AGAIN_AFTER = 5.0  # seconds, where the server does not answer
+_NO_ANSWER = (OSError, http.client.HTTPException, ValueError)  # a URLError is an OSError
 
 
 @contextlib.contextmanager
@@ -45,16 +47,30 @@ def watched(tell: Callable[[str], None], environment: Mapping[str, str] = os.env
 
 
 def _watch(tell: Callable[[str], None], over: threading.Event, environment: Mapping[str, str]) -> None:
-    answer = metadata("preempted", environment)
-    while answer is not None and not over.is_set():
-        if answer.strip() == "TRUE":
-            tell("Google Cloud preempts this machine")
-            return
-        waiting = f"preempted?wait_for_change=true&timeout_sec={_ANSWERS_WITHIN}"
-        newer = metadata(waiting, environment, timeout=_ANSWERS_WITHIN + 10)
-        if newer is None:
+    waiting, known, failed = f"preempted?wait_for_change=true&timeout_sec={_ANSWERS_WITHIN}", "NONE", False
+    while not over.is_set():
+        try:
+            # What the server knows is told at once if it is not what was known here; else when it changes.
+            value, known = _ask(f"{waiting}&last_etag={known}", environment, _ANSWERS_WITHIN + 10)
+        except urllib.error.HTTPError as error:
+            if error.code in (403, 404):  # hidden, as from pods, which get SIGTERM
+                return
+            failed = _failed(error, failed)
             over.wait(_AGAIN_AFTER)
-        answer = newer or answer
+        except _NO_ANSWER as error:
+            failed = _failed(error, failed)
+            over.wait(_AGAIN_AFTER)
+        else:
+            if value.strip() == "TRUE" and not over.is_set():
+                tell("Google Cloud preempts this machine")
+                return
+
+
+def _failed(error: Exception, before: bool) -> bool:
+    """Says so the first time."""
+    if not before:
+        logger.info("The metadata of this machine, which tell of a preemption, do not answer: %s. Asking again.", error)
+    return True
 
 
 def is_google_cloud(environment: Mapping[str, str] = os.environ) -> bool:
@@ -75,13 +91,18 @@ def metadata(key: str, environment: Mapping[str, str] = os.environ, *, timeout: 
       environment: as in `watched`.
       timeout: seconds.
     """
+    try:
+        return _ask(key, environment, timeout)[0]
+    except _NO_ANSWER:
+        return None
+
+
+def _ask(key: str, environment: Mapping[str, str], timeout: float | int) -> tuple[str, str]:
+    """The value of a key and its ETag; raises HTTPError if it is not told, and others of `_NO_ANSWER`."""
     server = environment.get("GCE_METADATA_HOST") or environment.get("GCE_METADATA_IP") or "metadata.google.internal"
     request = urllib.request.Request(
         f"http://{server}/computeMetadata/v1/instance/{key}", headers={"Metadata-Flavor": "Google"}
     )
     opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
-    try:
-        with opener.open(request, timeout=timeout) as answer:
-            return answer.read().decode()
-    except (OSError, http.client.HTTPException, ValueError):  # a URLError is an OSError
-        return None
+    with opener.open(request, timeout=timeout) as answer:
+        return answer.read().decode(), answer.headers.get("ETag", "NONE")

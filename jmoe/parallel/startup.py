@@ -277,10 +277,14 @@ def _has_tpu() -> bool:
 
 def _tpu_hosts(environment: Mapping[str, str]) -> int:
     """How many hosts have the TPU slices of this job: from the environment (GKE), or from the machine's metadata."""
-    slices = environment.get("MEGASCALE_NUM_SLICES", "1")
-    if slices.isdecimal() and int(slices) > 1:
+    asks = "TPU_SKIP_MDS_QUERY" not in environment
+    slices, named = environment.get("MEGASCALE_NUM_SLICES"), environment.get("TPU_PROCESS_ADDRESSES")
+    named = named or environment.get("TPU_WORKER_HOSTNAMES")
+    if slices is None and named is None and asks:
+        written = re.search(r"MEGASCALE_NUM_SLICES:\s*'?(\d+)", metadata("attributes/tpu-env", environment) or "")
+        slices = written[1] if written else None
+    if slices is not None and slices.isdecimal() and int(slices) > 1:
         return int(slices)
-    named = environment.get("TPU_PROCESS_ADDRESSES") or environment.get("TPU_WORKER_HOSTNAMES")
-    if named is None and "TPU_SKIP_MDS_QUERY" not in environment:
+    if named is None and asks:
         named = metadata("attributes/worker-network-endpoints", environment)
     return len((named or "").split(","))

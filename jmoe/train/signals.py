@@ -1,4 +1,4 @@
-"""Stopping a run from outside: the first request asks, the second insists."""
+"""Stopping a run from outside: a signal asks, a second Ctrl-C insists."""
 
 import logging
 import signal
@@ -15,10 +15,9 @@ _TOGETHER = 2.0  # seconds within which signals are one request
 class StopRequest:
     """Notes Ctrl-C and SIGTERM while it is entered, so that a run can finish its step and save.
 
-    A second signal is handled as if nobody had asked for politeness: it interrupts at once. But one that follows the
-    first immediately belongs to it: a terminal or a service manager signals all processes, and the script that started
-    this one passes on its own. And so does the first after `ask`: a machine that announces its end goes on to send
-    SIGTERM.
+    Ctrl-C again insists: it interrupts at once, as if nobody had asked for politeness. But what follows the first
+    signal immediately belongs to it: a terminal signals all, and the script that started this one passes on its own.
+    SIGTERM never insists: schedulers send it more than once before SIGKILL, and there may still be time to save.
 
     Attributes:
       signum: the number of the signal that came, or None.
@@ -27,13 +26,13 @@ class StopRequest:
     def __init__(self) -> None:
         """Nothing is noted before it is entered."""
         self.signum: int | None = None
-        self._since: float | None = None  # when the first signal came
+        self._since = 0.0
         self._before: dict[int, Any] = {}
 
     def ask(self, why: str) -> None:
         """Stops the run as SIGTERM would; from any thread."""
         if self.signum is None:
-            self.signum = signal.SIGTERM
+            self.signum, self._since = signal.SIGTERM, time.monotonic()
             _say(why)
 
     def __enter__(self) -> "StopRequest":
@@ -50,12 +49,10 @@ class StopRequest:
     def _note(self, signum: int, frame: FrameType | None) -> None:
         del frame
         now = time.monotonic()
-        if self._since is None:
-            self._since = now
-            if self.signum is None:
-                self.signum = signum
-                _say(signal.Signals(signum).name)
-        elif now - self._since >= _TOGETHER:
+        if self.signum is None:
+            self.signum, self._since = signum, now
+            _say(signal.Signals(signum).name)
+        elif signum == signal.SIGINT and now - self._since >= _TOGETHER:
             self._restore()
             signal.raise_signal(signum)
 

@@ -29,7 +29,7 @@ def commands(text):
     text = re.sub(r"\\\n\s*", " ", text)
     found = []
     for line in re.findall(
-        r"(?:^|&&)[ \t]*(?:exec |nohup |srun [-=\w ]*|CUDA_VISIBLE_DEVICES=\S+ +)?(jmoe train .*)", text, re.M
+        r"(?:^|&&)[ \t]*(?:exec |nohup |srun (?:--\S+ +)*|CUDA_VISIBLE_DEVICES=\S+ +)?(jmoe train .*)", text, re.M
     ):
         line = re.split(r" > | &$", line)[0]
         line = line.removesuffix("'")  # of a command in quotes

@@ -37,7 +37,7 @@ def test_a_notice_is_told_as_soon_as_it_comes(cloud, told):
         assert told.empty()
         cloud["preempted"] = "TRUE"
         assert told.get(timeout=10) == SENTENCE
-    assert "?wait_for_change=true&timeout_sec=" in cloud.asked[1]
+    assert all("?wait_for_change=true&timeout_sec=" in path for path in cloud.asked)
     for thread in threads():
         thread.join(10)
     assert (told.empty(), len(cloud.asked)) == (True, 2)  # told once, and not asked again
@@ -59,18 +59,30 @@ def test_a_wait_without_a_change_is_repeated(cloud, told, monkeypatch):
         assert told.get(timeout=10) == SENTENCE
 
 
-def test_a_server_that_is_gone_for_a_while_is_asked_again(cloud, told, monkeypatch):
+def test_a_server_that_fails_is_asked_again_and_what_changed_meanwhile_is_told(cloud, told, monkeypatch, caplog):
     monkeypatch.setattr(preemption, "_AGAIN_AFTER", 0.01)
+    cloud.failing = 503
     cloud["preempted"] = "FALSE"
-    answers, answer = iter([None, None, "FALSE"]), preemption.metadata
-
-    def failing(key, *args, **options):
-        return next(answers, "FALSE") if "wait" in key and len(cloud.asked) < 5 else answer(key, *args, **options)
-
-    monkeypatch.setattr(preemption, "metadata", failing)
-    with watching(cloud, told):
-        cloud.asked += [""] * 5
+    with caplog.at_level("INFO"), watching(cloud, told):
+        while len(cloud.asked) < 4:
+            pass
         cloud["preempted"] = "TRUE"
+        assert told.empty()
+        cloud.failing = 0
+        assert told.get(timeout=10) == SENTENCE
+    assert caplog.text.count("do not answer: HTTP Error 503") == 1
+
+
+def test_a_server_that_cannot_be_reached_is_asked_again(cloud, told, monkeypatch):
+    monkeypatch.setattr(preemption, "_AGAIN_AFTER", 0.01)
+    cloud["preempted"] = "TRUE"
+    addresses = iter(["127.0.0.1:1", "127.0.0.1:1"])
+
+    class Environment(dict):
+        def get(self, name, otherwise=None):
+            return next(addresses, cloud.address) if name == "GCE_METADATA_HOST" else otherwise
+
+    with watched(told.put, Environment()):
         assert told.get(timeout=10) == SENTENCE
 
 
@@ -89,8 +101,7 @@ def test_nothing_is_told_after_the_end(cloud, told):
         while len(cloud.asked) < 2:
             pass
         (thread,) = [thread for thread in threads() if thread.is_alive()]
-    cloud["maintenance"] = ""
-    cloud["preempted"] = "FALSE again"
+    cloud["preempted"] = "TRUE"
     thread.join(10)
     assert not thread.is_alive()
     assert told.empty()

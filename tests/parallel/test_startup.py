@@ -164,6 +164,7 @@ def test_an_indexed_kubernetes_job_needs_its_package(monkeypatch):
         ({}, "unknown:unknown:10.0.0.1", None),
         ({}, None, None),  # chips elsewhere than in Google's cloud
         ({"TPU_SKIP_MDS_QUERY": "1"}, "a,b", None),
+        ({"TPU_WORKER_HOSTNAMES": "a"}, "a,b", None),
         ({"TPU_WORKER_HOSTNAMES": "a,b", "KUBERNETES_SERVICE_HOST": "1", "JOB_COMPLETION_INDEX": "1"}, None, "TPU"),
     ],
 )
@@ -173,6 +174,15 @@ def test_a_tpu_slice_of_several_hosts_is_found(environment, endpoints, found, mo
         if endpoints is not None:
             metadata["attributes/worker-network-endpoints"] = endpoints
         assert cluster({"GCE_METADATA_IP": metadata.address} | environment) == found
+
+
+@pytest.mark.parametrize(("slices", "found"), [(2, "TPU"), (1, None)])
+def test_slices_of_one_host_each_are_found_by_their_metadata(slices, found, monkeypatch):
+    monkeypatch.setattr(startup, "_has_tpu", lambda: True)
+    with serving() as metadata:
+        metadata["attributes/worker-network-endpoints"] = "unknown:unknown:10.0.0.1"
+        metadata["attributes/tpu-env"] = f"ACCELERATOR_TYPE: 'v5litepod-4'\nMEGASCALE_NUM_SLICES: '{slices}'\n"
+        assert cluster({"GCE_METADATA_IP": metadata.address}) == found
 
 
 def test_one_process_starts_nothing(monkeypatch):
