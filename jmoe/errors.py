@@ -6,7 +6,8 @@ that a process which is killed has the status of its signal.
     0     done
     1     a bug, with a traceback
     2     a mistake of the user, in one sentence (UserError)
-    75    another process of the run is lost, or never came; the same command goes on from the last checkpoint (LOST)
+    75    another process of the run is lost, or never came, or storage failed in a way that may pass; the same command
+          goes on from the last checkpoint (LOST)
     76    no step ended for too long; the stacks of all threads are printed before it (STUCK). The same command goes on
     130   Ctrl-C: stopped, and saved what there was (InterruptedRunError)
     141   the reader of the output went away
@@ -28,6 +29,12 @@ class UserError(ValueError):
 
 class LostProcessError(UserError):
     """A process of the run never came or went away; the same command may succeed later."""
+
+    exit_code: int = LOST
+
+
+class StorageError(UserError):
+    """Storage failed in a way that may pass by itself; the same command may succeed later."""
 
     exit_code: int = LOST
 

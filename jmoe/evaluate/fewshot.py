@@ -143,6 +143,7 @@ def few_shot_accuracy(
     seed: int = SEED,
     allow_fewer: bool = False,
     dtype: Literal["float32", "float64"] = "float32",
+    before_fit: Callable[[], None] = lambda: None,
 ) -> Float[np.ndarray, "shots l2"]:
     """Share of test images that are classified right, for every number of shots and every l2.
 
@@ -155,6 +156,7 @@ def few_shot_accuracy(
       seed: of the choice of images.
       allow_fewer: whether a class may have fewer training images than shots, see `choose_shots`.
       dtype: of the arithmetic, see `fit_ridge`.
+      before_fit: is called before every one, and ends them by raising what it likes.
 
     Raises:
       ValueError: a class has fewer training images than shots, and that is not allowed.
@@ -165,6 +167,7 @@ def few_shot_accuracy(
         ridge = fit_ridge(train.features[chosen], train.labels[chosen], num_classes, dtype)
         inputs = ridge.inputs(test.features)
         for j, regularisation in enumerate(l2):
+            before_fit()
             accuracy[i, j] = np.mean((inputs @ ridge.weights(regularisation)).argmax(axis=1) == test.labels)
     return accuracy
 

@@ -12,9 +12,9 @@ import json
 from collections.abc import Callable
 from typing import Any, TypeVar, cast
 
-from jmoe.errors import UserError
+from jmoe.errors import StorageError, UserError
 from jmoe.parallel.hosts import Hosts
-from jmoe.train.manifest import reason
+from jmoe.train.manifest import passes, reason
 
 _T = TypeVar("_T")
 
@@ -54,9 +54,10 @@ class Agreement:
           LostProcessError: a process did not come in time; the message, the same in all processes, names it.
           UserError: as it was raised here, or in another process; that of the first process counts, whose number it
             tells unless all have failed. An error of another class is raised as it is where there is one process, and
-            as a UserError with the reason where there are several. Or a process came to do something else.
+            as a UserError with the reason where there are several, a StorageError if it may pass. Or a process came to
+            do something else.
         """
-        kinds = {kind.__name__: kind for kind in (*self.errors, UserError)}
+        kinds = {kind.__name__: kind for kind in (*self.errors, StorageError, UserError)}
         result, failed, problem, told = None, None, None, None
         try:
             result = action()
@@ -64,7 +65,8 @@ class Agreement:
         except Exception as error:
             failed = error
             kind = next((name for name, kind in kinds.items() if isinstance(error, kind)), None)
-            problem = (kind, str(error).rstrip(". ") if kind else reason(error))
+            text = str(error).rstrip(". ") if kind else reason(error)
+            problem = (StorageError.__name__ if kind is None and passes(error) else kind, text)
         said = self._exchange(what, (problem, told))
         if failed is not None and self.hosts.count == 1:
             raise failed

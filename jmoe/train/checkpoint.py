@@ -36,7 +36,7 @@ from typing import Any, TypeVar
 
 import jax
 
-from jmoe.errors import LostProcessError, UserError
+from jmoe.errors import LostProcessError, StorageError, UserError
 from jmoe.parallel.hosts import current
 from jmoe.paths import path_names
 from jmoe.train import manifest
@@ -140,12 +140,12 @@ class Checkpointer:
             raise error
 
     def steps(self) -> list[int]:
-        """Steps of the complete checkpoints, in order. Whether they are damaged is found out on restoring.
+        """Steps of the complete checkpoints, in order, but for those that were found to be damaged on restoring.
 
         With several processes, those that there were when the folder was opened or the last call of another method
         ended: the same in all.
         """
-        return _complete(self.directory) if self._hosts.count == 1 else list(self._steps)
+        return self._sound() if self._hosts.count == 1 else list(self._steps)
 
     def latest(self) -> int | None:
         """The last of `steps()`, or None."""
@@ -198,6 +198,7 @@ class Checkpointer:
             except UnreadableCheckpointError as error:
                 self._warn("%s The checkpoint before it is used instead.", error)
                 self._unusable.add(step)
+                self._steps = [other for other in self._steps if other != step]
                 problems.append(str(error))
         found = " ".join(problems) or "It has no complete checkpoint."
         raise UserError(f"Nothing to restore in {self.directory}: {found} Train from the start in another folder.")
@@ -269,7 +270,7 @@ class Checkpointer:
                 final.rename(self._outdated(step))
             temporary.rename(final)
             self._delete_outdated(step)
-            return _complete(self.directory)
+            return self._sound()
 
         try:
             self._later.together(f"the end of writing step {step}", write)
@@ -292,6 +293,9 @@ class Checkpointer:
                 shutil.rmtree(path)
         except (OSError, UserError) as error:
             log.warning("Old checkpoints in %s could not be deleted: %s.", self.directory, reason(error))
+
+    def _sound(self) -> list[int]:
+        return [step for step in _complete(self.directory) if step not in self._unusable]
 
     def _put_back(self, *, strict: bool = True) -> None:
         """Has process 0 give a checkpoint its name again whose replacement ended between the two renames."""
@@ -319,6 +323,8 @@ class Checkpointer:
         if isinstance(error, LostProcessError):  # says itself what to do
             return LostProcessError(f"{sentence}; {rest}. {error}")
         why = str(error).rstrip(". ") if isinstance(error, UserError) else reason(error)
+        if manifest.passes(error):
+            return StorageError(f"{sentence}: {why}; {rest}. Run the same command to go on.")
         return UserError(f"{sentence}: {why}; {rest}. Free some space or choose another folder, and start again.")
 
     # Restoring

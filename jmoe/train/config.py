@@ -146,7 +146,8 @@ class TrainConfig:
       checkpoint: when.
       log_every: steps between lines of the log.
       mesh: how the devices share the work: by default experts over as many as divide them, images over the rest. It
-        changes nothing that is computed but the order of sums, and may change whenever a run is resumed.
+        changes nothing that is computed but the order of sums (and which hidden units of experts dropout leaves out in
+        layers without slots), and may change whenever a run is resumed.
       sharding: rules of where parameters are kept, before those of `jmoe.parallel.RULES`: pairs of a regular expression
         for their names and a mesh axis, or None, for each array axis, such as (("head/kernel", ("fsdp", None)),).
       watchdog: how many times the median of the recent steps one may take before the run is ended as stuck, with the

@@ -21,7 +21,7 @@ from jmoe.train.state import TrainState, graph_of
 def few_shot_evaluator_of(config: TrainConfig, mesh: jax.sharding.Mesh | None = None) -> Callable[..., FewShotResult]:
     """Returns a function that evaluates a state as config.evaluate.fewshot says, as published where that is None.
 
-    Its second argument is as in `jmoe.train.evaluation.evaluator_of`.
+    Its second argument is as in `jmoe.train.evaluation.evaluator_of`; it is called before every regression, too.
 
     The features of a whole training split are computed, though few of them are fitted on: a class is known only when
     the image is read. Of a large dataset, name a slice, such as TFDS("imagenet2012", train="train[:10%]").
@@ -44,7 +44,7 @@ def few_shot_evaluator_of(config: TrainConfig, mesh: jax.sharding.Mesh | None = 
         with contextlib.closing(batches), jax.set_mesh(mesh):
             return featurize(checked(on_data, batches, before_batch), *arrays_of(state))
 
-    def accuracy(name: str, train: FeatureSet, test: FeatureSet) -> np.ndarray:
+    def accuracy(name: str, train: FeatureSet, test: FeatureSet, before_fit: Callable[[], None]) -> np.ndarray:
         num_classes = datasets[name].source.num_classes
         try:
             return few_shot_accuracy(
@@ -56,7 +56,10 @@ def few_shot_evaluator_of(config: TrainConfig, mesh: jax.sharding.Mesh | None = 
                 seed=options.seed,
                 allow_fewer=options.allow_fewer,
                 dtype=options.dtype,
+                before_fit=before_fit,
             )
+        except UserError:
+            raise
         except ValueError as error:
             raise UserError(f"{name}: {error}") from error
 
@@ -65,7 +68,7 @@ def few_shot_evaluator_of(config: TrainConfig, mesh: jax.sharding.Mesh | None = 
         for name, data in datasets.items():
             splits = (data.source.train, data.source.test)
             train, test = (features(data, split, state, before_batch) for split in splits)
-            accuracies[name] = accuracy(name, train, test)
+            accuracies[name] = accuracy(name, train, test, before_batch)
             images[name] = len(test.labels)
         return FewShotResult.at_best_l2(accuracies, options.shots, options.l2, images)
 

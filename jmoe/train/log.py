@@ -70,6 +70,17 @@ class MetricWriter:
             raise self._failure(error) from error
         self._write_tensorboard(int(step), now, values)
 
+    def sync(self) -> None:
+        """Returns when all lines are on the disk, where they outlive the machine, as a checkpoint does.
+
+        Raises:
+          UserError: the disk is full, or the like.
+        """
+        try:
+            os.fsync(self._file.fileno())
+        except OSError as error:
+            raise self._failure(error) from error
+
     def close(self) -> None:
         """Closes the files."""
         with contextlib.suppress(OSError):  # every line is flushed by write, which has raised if one could not be

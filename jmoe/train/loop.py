@@ -5,6 +5,7 @@ import dataclasses
 import errno
 import hashlib
 import json
+import logging
 import os
 import pathlib
 import time
@@ -14,7 +15,7 @@ import jax
 import numpy as np
 
 from jmoe.data import fingerprint, train_batches
-from jmoe.errors import InterruptedRunError, UserError
+from jmoe.errors import InterruptedRunError, StorageError, UserError
 from jmoe.evaluate.accuracy import Evaluation
 from jmoe.parallel import mesh as meshes
 from jmoe.parallel.hosts import Hosts, code_version, current, package_versions
@@ -34,6 +35,8 @@ from jmoe.train.initialize import start_from
 from jmoe.train.log import MetricWriter, Progress
 from jmoe.train.signals import StopRequest
 from jmoe.train.step import Metrics
+
+logger = logging.getLogger("jmoe")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -155,13 +158,23 @@ def _train(config: TrainConfig, workdir: str | os.PathLike[str], stop: StopReque
         watchdog = None if config.watchdog is None else stack.enter_context(Watchdog(multiple=config.watchdog))
         paused = contextlib.nullcontext if watchdog is None else watchdog.paused
 
+        def save(step: int) -> None:
+            """Saves the state after a step, also if storage failed for a moment when an earlier one was saved."""
+            try:
+                checkpointer.wait()
+            except StorageError as error:
+                if main:
+                    logger.warning("%s Training goes on, and saves again.", error)
+            if checkpointer.latest() != step:
+                if writer is not None:
+                    writer.sync()
+                checkpointer.save(step, state, position | {"step": step})
+
         def end_if(stopped_by: int | None, step: int) -> None:
             if stopped_by is None:
                 return
+            save(step)
             checkpointer.wait()
-            if checkpointer.latest() != step:
-                checkpointer.save(step, state, position | {"step": step})
-                checkpointer.wait()
             raise InterruptedRunError(
                 f"Stopped after step {step} of {steps}, saved in {path}. Run the same command to go on.", stopped_by
             )
@@ -196,10 +209,12 @@ def _train(config: TrainConfig, workdir: str | os.PathLike[str], stop: StopReque
                     progress.update(step, values["loss"])
                 recent = []
             with paused():
-                if step == steps or step % save_every == 0:
-                    checkpointer.save(step, state, position | {"step": step})
+                evaluating = step == steps or step % evaluate_every == 0
+                # Before the first evaluation, too: a stop is not heard while it compiles.
+                if step == steps or step % save_every == 0 or (evaluating and evaluation is None):
+                    save(step)
                 end_if(stopped_by, step)
-                if step == steps or step % evaluate_every == 0:
+                if evaluating:
                     evaluation = test(step)
             if watchdog is not None:
                 watchdog.step_ended(step)
@@ -257,7 +272,8 @@ def mean_of(recent: list[Metrics], step: int, checkpointer: Checkpointer) -> dic
         # The parts of the loss first, then their sum and its gradient: what went wrong, before what followed from it.
         for name in sorted(metrics, key=lambda name: (not name.startswith("loss/"), name != "loss", name)):
             if not np.isfinite(metrics[name]):
-                checkpointer.wait()
+                with contextlib.suppress(StorageError):  # of an earlier step; what was saved before is told
+                    checkpointer.wait()
                 saved = checkpointer.latest()
                 kept = "There is no checkpoint yet" if saved is None else f"The last good checkpoint is of step {saved}"
                 raise UserError(

@@ -18,13 +18,22 @@ from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, TypeVar
 
-from jmoe.errors import UserError
+from jmoe.errors import StorageError, UserError
 
 NAME = "jmoe_manifest.json"
 FORMAT = 1
 _THREADS = 4  # that read files; more of them would take the training step's input pipeline its cores
 _T = TypeVar("_T")
-_DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EIO)
+_PASSING = (
+    errno.EIO,
+    errno.ESTALE,
+    errno.ETIMEDOUT,
+    errno.ECONNRESET,
+    errno.EHOSTUNREACH,
+    errno.ENOTCONN,
+    errno.EAGAIN,
+)
+_DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, *_PASSING)
 
 
 class UnreadableCheckpointError(UserError):
@@ -33,7 +42,15 @@ class UnreadableCheckpointError(UserError):
 
 def unread(what: str, error: BaseException) -> UserError:
     """Says that something could not be read here, which is no sign that it is damaged: a later try may succeed."""
-    return UserError(f"{what} could not be read here: {reason(error)}; mend that and run the same command again.")
+    kind = StorageError if passes(error) else UserError
+    return kind(f"{what} could not be read here: {reason(error)}; mend that and run the same command again.")
+
+
+def passes(error: BaseException) -> bool:
+    """Whether an error is one of storage that may be gone the next time, as those of networks are."""
+    if isinstance(error, OSError) and error.errno is not None:
+        return error.errno in _PASSING
+    return isinstance(error, StorageError) or any(os.strerror(number) in str(error) for number in _PASSING)
 
 
 def write(path: pathlib.Path, content: dict, known: Mapping[str, dict] | None = None) -> None:

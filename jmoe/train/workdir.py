@@ -4,6 +4,7 @@ import json
 import os
 import pathlib
 import re
+import shutil
 from collections.abc import Sequence
 from typing import Any
 
@@ -48,6 +49,8 @@ def prepare(workdir: str | os.PathLike[str], config: TrainConfig) -> pathlib.Pat
         begun = (path / SUMMARY).exists() or latest(path / CHECKPOINTS) is not None
         if begun and (path / CONFIG).exists():
             _check_same(path, new)
+        if not begun:
+            _check_renames(path)
         temporary = path / (CONFIG + ".tmp")
         temporary.write_text(json.dumps(new, indent=2) + "\n")
         temporary.replace(path / CONFIG)
@@ -56,6 +59,24 @@ def prepare(workdir: str | os.PathLike[str], config: TrainConfig) -> pathlib.Pat
             f"The work folder {workdir} cannot be written: {error.strerror or error}. Choose another --workdir."
         ) from error
     return path
+
+
+def _check_renames(path: pathlib.Path) -> None:
+    """Raises UserError unless folders that hold something can be renamed, by which a checkpoint is made whole."""
+    before, after = path / f"rename-{os.getpid()}.tmp", path / f"renamed-{os.getpid()}.tmp"
+    try:
+        before.mkdir()
+        (before / "file").touch()
+        try:
+            before.rename(after)
+        except OSError as error:
+            raise UserError(
+                f"No checkpoint could be completed in {path}, because its storage does not rename folders "
+                f"({error.strerror or error}). A bucket that gcsfuse mounts needs a hierarchical namespace for that."
+            ) from error
+    finally:
+        for folder in (before, after):
+            shutil.rmtree(folder, ignore_errors=True)
 
 
 def differences_from_run(workdir: str | os.PathLike[str], config: TrainConfig, named: Sequence[str]) -> list[str]:

@@ -5,7 +5,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
-from jmoe.errors import LostProcessError, UserError
+from jmoe.errors import LostProcessError, StorageError, UserError
 from jmoe.parallel.channel import Channel, Server, listen
 from jmoe.parallel.hosts import Hosts
 from jmoe.train import agreement
@@ -78,9 +78,14 @@ def test_what_fails_in_one_fails_in_all_and_then_they_agree_again(agree):
 
         return twice
 
-    for error, sentence in ((UserError("The disk is full."), "The disk is full"), (OSError(28, "Full"), "Full")):
+    for error, sentence, kind in (
+        (UserError("The disk is full."), "The disk is full", UserError),
+        (OSError(28, "Full"), "Full", UserError),
+        (OSError(5, "Input/output error"), "Input/output error", StorageError),
+        (StorageError("Not now."), "Not now", StorageError),
+    ):
         for raised, after in agree(body(None), body(error), body(None)):
-            assert (type(raised), str(raised), after) == (UserError, f"{sentence} (process 1 of 3).", 2)
+            assert (type(raised), str(raised), after) == (kind, f"{sentence} (process 1 of 3).", 2)
 
 
 def test_what_fails_in_all_is_told_without_a_number_and_only_named_classes_are_kept(agree):

@@ -18,7 +18,8 @@ import pytest
 from flax import nnx
 from jax.sharding import NamedSharding, PartitionSpec
 
-from jmoe.errors import UserError
+from jmoe.errors import StorageError, UserError
+from jmoe.train import checkpoint
 from jmoe.train.checkpoint import Checkpointer, latest, peek
 from jmoe.train.manifest import UnreadableCheckpointError
 
@@ -338,6 +339,7 @@ def test_a_flipped_bit_is_named_and_the_checkpoint_before_it_used(copy, caplog):
         restored, metadata, step = checkpointer.restore_latest(abstract(state()))
     assert (step, metadata) == (10, {"position": 10})
     assert_identical(restored, state(10))
+    assert (checkpointer.steps(), checkpointer.latest()) == ([10], 10)  # nobody is told that 20 is good
     assert "20 is damaged" in caplog.text
     assert "The checkpoint before it is used instead." in caplog.text
 
@@ -507,6 +509,19 @@ def test_a_failed_save_is_one_sentence_at_the_next_call_and_leaves_the_earlier_o
     assert [path.name for path in tmp_path.iterdir()] == ["1"]
     with Checkpointer(tmp_path) as again:
         assert_identical(again.restore_latest(abstract(big))[0], big)
+
+
+@pytest.mark.parametrize(("number", "kind", "status"), [(errno.EIO, StorageError, 75), (errno.ENOSPC, UserError, 2)])
+def test_an_error_of_storage_that_may_pass_asks_for_the_same_command_again(tmp_path, monkeypatch, number, kind, status):
+    def fail(*_):
+        raise OSError(number, os.strerror(number))
+
+    with Checkpointer(tmp_path) as checkpointer:
+        monkeypatch.setattr(checkpoint.manifest, "write", fail)
+        with pytest.raises(UserError, match="step 1 could not be saved") as raised:
+            checkpointer.save(1, {"w": jnp.ones(1)}, {}, wait=True)
+    assert (type(raised.value), raised.value.exit_code) == (kind, status)
+    assert str(raised.value).endswith("Run the same command to go on.") == (status == 75)
 
 
 def test_saving_goes_on_once_there_is_space_again(tmp_path, small_files):

@@ -8,7 +8,7 @@ import pytest
 from flax import nnx
 
 from jmoe.data import CentralCrop, Digits, InMemory, Resize
-from jmoe.errors import UserError
+from jmoe.errors import InterruptedRunError, UserError
 from jmoe.evaluate.fewshot import FeatureSet, FewShotResult, few_shot_accuracy
 from jmoe.train.config import EvalConfig, FewShot
 from jmoe.train.fewshot import few_shot_evaluator_of
@@ -84,6 +84,21 @@ def test_what_cannot_be_evaluated_is_said_in_a_sentence():
         few_shot_evaluator_of(config)(state_of(config))
     with pytest.raises(UserError, match="FewShot has two datasets named 'stripes': evaluate on each of them by itself"):
         few_shot_evaluator_of(config_with(datasets=(Stripes(), Stripes(few=5))))
+
+
+def test_it_can_be_ended_before_every_batch_and_every_regression():
+    config = config_with(shots=(1, 2), l2=(1.0, 8.0), datasets=(Stripes(),), preprocess=(Resize(8),))
+    evaluator, state, calls = few_shot_evaluator_of(config), state_of(config), []
+    evaluator(state, lambda: calls.append(1))
+    assert len(calls) == 1 + 1 + 2 * 2  # a batch of each split, then shots and regularisations
+
+    def ends():
+        calls.pop()
+        if not calls:
+            raise InterruptedRunError("Stopped.", 15)
+
+    with pytest.raises(InterruptedRunError, match=r"^Stopped\.$"):
+        evaluator(state, ends)
 
 
 @pytest.mark.parametrize("shots", [(), (0, 1)])

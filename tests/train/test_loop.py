@@ -17,7 +17,7 @@ import pytest
 import jmoe
 from jmoe.data import DataConfig, Digits, train_batches
 from jmoe.errors import InterruptedRunError, UserError
-from jmoe.train import loop, signals
+from jmoe.train import checkpoint, loop, signals
 from jmoe.train.checkpoint import Checkpointer
 from jmoe.train.compiled import make_program
 from jmoe.train.config import CheckpointConfig, EvalConfig
@@ -137,6 +137,29 @@ def test_a_stop_does_not_wait_for_an_evaluation(finished, tmp_path, monkeypatch,
         assert [line["step"] for line in lines if "test/accuracy" in line] == [12]
 
 
+def test_a_save_that_fails_for_a_moment_does_not_end_the_run(finished, tmp_path, monkeypatch, caplog):
+    write, failures = checkpoint.manifest.write, [OSError(errno.EIO, os.strerror(errno.EIO))]
+
+    def failing(*args):
+        if failures:
+            raise failures.pop()
+        write(*args)
+
+    monkeypatch.setattr(checkpoint.manifest, "write", failing)
+    assert train(tiny_config(), tmp_path).evaluation == finished[1].evaluation
+    assert "The checkpoint of step 4 could not be saved in " in caplog.text
+    assert "Run the same command to go on. Training goes on, and saves again." in caplog.text
+    assert sorted(os.listdir(tmp_path / "checkpoints")) == ["12", "8"]
+
+
+def test_before_the_first_evaluation_the_state_is_saved(tmp_path, monkeypatch):
+    config = tiny_config(steps=6, evaluate=EvalConfig(every=2, batch_size=96), checkpoint=CheckpointConfig(every=6))
+    kept = []
+    monkeypatch.setattr(loop.Checkpointer, "save", lambda self, step, *_: kept.append(step))
+    train(config, tmp_path)
+    assert kept == [2, 6]
+
+
 @pytest.mark.parametrize("stop_after", [5, 12])
 def test_an_evaluation_under_way_is_left_for_a_stop(finished, tmp_path, monkeypatch, stop_after):
     _, summary = finished
@@ -202,7 +225,7 @@ def test_a_signal_before_the_first_step_ends_the_run_without_it(tmp_path, monkey
     assert not (tmp_path / "checkpoints").exists()
 
 
-def test_signals_at_once_are_one_request_and_a_later_one_insists(monkeypatch, request):
+def test_signals_at_once_are_one_request_and_a_later_ctrl_c_insists(monkeypatch, request):
     before = signal.signal(signal.SIGINT, signal.default_int_handler)  # tests that run in the background ignore it
     request.addfinalizer(lambda: signal.signal(signal.SIGINT, before))
     with signals.StopRequest() as stop:
@@ -210,6 +233,7 @@ def test_signals_at_once_are_one_request_and_a_later_one_insists(monkeypatch, re
         signal.raise_signal(signal.SIGTERM)  # passed on by a script that got the same Ctrl-C
         assert stop.signum == signal.SIGINT
         monkeypatch.setattr(signals, "_TOGETHER", 0.0)
+        signal.raise_signal(signal.SIGTERM)  # schedulers repeat it while there is time
         with pytest.raises(KeyboardInterrupt):
             signal.raise_signal(signal.SIGINT)
 
@@ -234,7 +258,7 @@ def test_a_killed_run_goes_on_from_its_last_checkpoint(finished, tmp_path):
     )
     assert process.returncode == -signal.SIGKILL, process.stderr
     resumed = train(tiny_config(), tmp_path)
-    assert resumed.resumed_from in (4, 8)  # the save of step 8 may not have been complete
+    assert resumed.resumed_from in (6, 8)  # that of step 8 may not have been complete
     assert_same_bits(final_state(tiny_config(), tmp_path), final_state(tiny_config(), workdir))
 
 

@@ -1,3 +1,4 @@
+import errno
 import json
 import pathlib
 
@@ -74,6 +75,22 @@ def test_an_address_is_not_taken_for_a_folder(use, tmp_path, monkeypatch):
     ):
         use("gs://bucket/runs/s32")
     assert not list(tmp_path.iterdir())
+
+
+def test_storage_that_does_not_rename_folders_is_refused_before_a_step_is_taken(tmp_path, monkeypatch):
+    rename = pathlib.Path.rename
+
+    def as_gcsfuse(path, target):
+        if path.is_dir():
+            raise OSError(errno.EMFILE, "Too many open files")
+        return rename(path, target)
+
+    monkeypatch.setattr(pathlib.Path, "rename", as_gcsfuse)
+    with pytest.raises(
+        UserError, match=r"No checkpoint could be completed in .* does not rename folders \(Too many open"
+    ):
+        folders.prepare(tmp_path / "run", tiny_config())
+    assert not list((tmp_path / "run").iterdir())
 
 
 def test_a_folder_may_have_a_colon_in_its_name(tmp_path):
