@@ -2,6 +2,7 @@
 
 import contextlib
 
+import jax
 from jax._src.pallas.mosaic.interpret import interpret_pallas_call  # there is no public way to ask for races
 from jax.experimental.pallas import tpu as pltpu
 
@@ -16,10 +17,12 @@ def no_races():
         kernels.append(detector(*args, **kwargs))
         return kernels[-1]
 
+    jax.effects_barrier()  # programs run in the background: none may be under way when the state is reset
     pltpu.reset_tpu_interpret_mode_state()
     interpret_pallas_call.RaceDetectionState = recorded
     try:
         yield
+        jax.effects_barrier()
     finally:
         interpret_pallas_call.RaceDetectionState = detector
         pltpu.reset_tpu_interpret_mode_state()
