@@ -9,6 +9,7 @@ import dataclasses
 import json
 import pathlib
 
+import jax
 import numpy as np
 import pytest
 
@@ -141,7 +142,17 @@ def test_the_command_needs_nothing_but_inputs(tmp_path, capsys):
         np.testing.assert_allclose(found["outputs"], results(FOLDER, "layer_topk_k1_bf16")["outputs"], atol=1e-5)
 
 
+@pytest.fixture
+def compiled_quickly():
+    """Without optimizations of the compiler, which take longer than what they save here."""
+    before = jax.config.jax_disable_most_optimizations
+    jax.config.update("jax_disable_most_optimizations", True)
+    yield
+    jax.config.update("jax_disable_most_optimizations", before)
+
+
 @pytest.mark.slow
+@pytest.mark.usefixtures("compiled_quickly")
 def test_the_command_replays_everything(tmp_path):
     assert main([str(FOLDER), "--out", str(tmp_path)]) == 0
     for name in CASES:

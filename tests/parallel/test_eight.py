@@ -14,6 +14,7 @@ FILES = sorted(path.name for path in FOLDER.glob("test_*.py"))
 def run(file: str, marks: str) -> None:
     """Runs the tests of a file; their own report is the message if one fails."""
     environment = os.environ | {"JAX_NUM_CPU_DEVICES": "8", "JAX_PLATFORMS": "cpu"}
+    environment |= {"JAX_DISABLE_MOST_OPTIMIZATIONS": "1"}  # most of their time is the compiler's
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:xdist", "-m", marks, str(FOLDER / file)]
     ended = subprocess.run(
         command, env=environment, cwd=FOLDER.parents[2], capture_output=True, text=True, timeout=1800
