@@ -3,6 +3,7 @@
 import argparse
 import dataclasses
 import json
+import re
 import shlex
 import sys
 from typing import TYPE_CHECKING, Any
@@ -48,6 +49,8 @@ def run(args: argparse.Namespace) -> int:
         raise UserError(f"--tries is for --sweep, and at least 1; it is {args.tries}.")
     if args.sweep and args.mesh:
         raise UserError(f"--sweep tries meshes by itself; leave out --mesh {args.mesh}.")
+    if args.mesh and any(override.startswith("mesh") for override in args.overrides):
+        raise UserError("--mesh and --set mesh=... are two meshes; give one of them.")
     config = load_experiment(args.experiment, args.overrides)
     choices = [(args.topology, args.mesh), *(_choice(args, text) for text in args.compare)]
     meshes = [None if text is None else parse_mesh(text) for _, text in choices]
@@ -72,7 +75,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def parse_mesh(text: str) -> "Mesh":
-    """The mesh of "data=8,expert=32".
+    """The mesh of "data=8,expert=32", or of "Mesh(data=8, expert=32)" as messages have it.
 
     Raises:
       UserError: it is not written so, or names another axis.
@@ -82,11 +85,18 @@ def parse_mesh(text: str) -> "Mesh":
 
     known = [field.name for field in dataclasses.fields(Mesh)]
     axes: dict[str, int] = {}
-    for part in text.split(","):
-        name, _, size = part.strip().partition("=")
-        if name not in known or not size.isdecimal() or int(size) < 1 or name in axes:
+    for part in text.strip().removeprefix("Mesh(").removesuffix(")").split(","):
+        name, _, size = (word.strip() for word in part.partition("="))
+        wrong = None
+        if name not in known:
+            wrong = f"there is no axis {name!r}"
+        elif name in axes:
+            wrong = f"{name} is there twice"
+        elif not re.fullmatch(r"[1-9]\d{0,8}", size):
+            wrong = f"{name} has no number of at least 1"
+        if wrong:
             raise UserError(
-                f"A mesh is written as data=8,expert=32, of {', '.join(known)} with a number each; it is {text!r}."
+                f"A mesh is written as data=8,expert=32, of {', '.join(known)} with a number each; in {text!r} {wrong}."
             )
         axes[name] = int(size)
     return Mesh(**axes)

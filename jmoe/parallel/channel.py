@@ -472,10 +472,14 @@ def _connect(address: tuple[str, int], timeout: float | int, who: str, shown: st
         except OSError as error:
             if time.monotonic() + pause >= deadline:
                 why = error.strerror or str(error)
+                advice = "See whether process 0 runs there and whether a firewall lets the port through."
+                if isinstance(error, socket.gaierror):
+                    advice = "See whether the name is spelled right, and known on this host."
+                elif who == "process 0":
+                    advice = f"Process 0 itself runs on {socket.gethostname()}: give an address of this machine."
                 raise LostProcessError(
                     f"The coordinator {shown} could not be reached from {who} on {socket.gethostname()} within "
-                    f"{timeout:g} s ({why}). See whether process 0 runs there and whether a firewall lets the port "
-                    "through."
+                    f"{timeout:g} s ({why}). {advice}"
                 ) from error
         time.sleep(pause * (0.5 + secrets.randbelow(1000) / 1000))  # not all of a thousand hosts at the same moment
         pause = min(2 * pause, 5.0)

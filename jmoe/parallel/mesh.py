@@ -4,7 +4,7 @@ import dataclasses
 import itertools
 import math
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax
@@ -52,7 +52,19 @@ class Mesh:
         return f"Mesh({', '.join(f'{name}={value}' for name, value in shown.items())})"
 
 
-def resolve(mesh: Mesh, num_devices: int, num_experts: int | None = None, num_slices: int = 1) -> Mesh:
+def any_mesh(mesh: Mesh) -> bool:
+    """What an experiment can take of which nothing is known."""
+    del mesh
+    return True
+
+
+def resolve(
+    mesh: Mesh,
+    num_devices: int,
+    num_experts: int | None = None,
+    num_slices: int = 1,
+    accepts: Callable[[Mesh], bool] = any_mesh,
+) -> Mesh:
     """Returns the mesh with a number for every axis.
 
     Args:
@@ -60,16 +72,22 @@ def resolve(mesh: Mesh, num_devices: int, num_experts: int | None = None, num_sl
       num_devices: of all processes together.
       num_experts: E of the sparse layers; None for a dense model.
       num_slices: of TPUs, over which the devices are spread evenly. Only the data axis goes from slice to slice.
+      accepts: whether the experiment could take another mesh that is about to be recommended.
 
     Raises:
       UserError: the axes do not multiply to the devices, expert does not divide num_experts, or the slices do not
         divide data; the message has the nearest mesh that can be.
     """
     E = num_experts or 1
+
+    def advice() -> str:
+        left_out = mesh.data is None and mesh.expert is None
+        best = nearest(mesh, num_devices, E, num_slices, accepts)
+        return f"use {best}{'' if left_out else ', or leave data and expert out to have them chosen'}."
+
     if mesh.expert is not None and E % mesh.expert:
         which = f"num_experts={E}" if num_experts else "a model without experts"
-        nearest = _nearest(mesh, num_devices, E, num_slices)
-        raise UserError(f"{mesh} divides the experts by {mesh.expert}, which {which} does not allow: {nearest}")
+        raise UserError(f"{mesh} divides the experts by {mesh.expert}, which {which} does not allow: {advice()}")
     left, remainder = divmod(num_devices, mesh.fsdp * mesh.model * (mesh.expert or 1) * (mesh.data or 1))
     if remainder == 0:
         expert = mesh.expert or math.gcd(E, left if mesh.data else max(1, left // num_slices))
@@ -77,35 +95,42 @@ def resolve(mesh: Mesh, num_devices: int, num_experts: int | None = None, num_sl
         data = mesh.data or left
         left //= 1 if mesh.data else data
         if left == 1 and data % num_slices:
-            nearest = _nearest(mesh, num_devices, E, num_slices)
             raise UserError(
                 f"{mesh} makes data={data} of {num_slices} slices, and data must be a multiple of them, because only "
-                f"gradients go from slice to slice: {nearest}"
+                f"gradients go from slice to slice: {advice()}"
             )
         if left == 1:
             return dataclasses.replace(mesh, data=data, expert=expert)
+        if mesh.expert is None:
+            most = f"num_experts={E} can be divided by {expert} at most" if num_experts else "the model has no experts"
+            raise UserError(
+                f"{mesh} leaves {left * expert} of {num_devices} devices to the experts, and {most}: {advice()}"
+            )
     needed = math.prod(getattr(mesh, name) or 1 for name in AXES)
     count = f"{needed} devices" if None not in (mesh.data, mesh.expert) else f"a multiple of {needed} devices"
-    raise UserError(
-        f"{mesh} is for {count}; there {'is' if num_devices == 1 else 'are'} {num_devices}: "
-        f"{_nearest(mesh, num_devices, E, num_slices)}"
-    )
+    raise UserError(f"{mesh} is for {count}; there {'is' if num_devices == 1 else 'are'} {num_devices}: {advice()}")
 
 
-def build(mesh: Mesh, devices: Sequence[Any] | None = None, num_experts: int | None = None) -> jax.sharding.Mesh:
+def build(
+    mesh: Mesh,
+    devices: Sequence[Any] | None = None,
+    num_experts: int | None = None,
+    accepts: Callable[[Mesh], bool] = any_mesh,
+) -> jax.sharding.Mesh:
     """Lays the devices out along the axes AXES, those that talk most next to each other.
 
     Args:
       mesh: as asked for; see `resolve` for what None means.
       devices: all of the run, or of a topology to compile for; `jax.devices()` if None.
       num_experts: E of the sparse layers; None for a dense model.
+      accepts: see `resolve`.
 
     Raises:
       UserError: as `resolve`, or slices of several sizes.
     """
     devices = list(jax.devices() if devices is None else devices)
     slices = slices_of(devices)
-    resolved = resolve(mesh, len(devices), num_experts, len(slices))
+    resolved = resolve(mesh, len(devices), num_experts, len(slices), accepts)
     shape = tuple(getattr(resolved, name) for name in AXES)
     inner = (shape[0] // len(slices), *shape[1:])  # between slices the network is slow: only gradients go over it
     grid = np.concatenate([_laid_out(inner, members) for members in slices])
@@ -233,8 +258,14 @@ def possible(
             yield Mesh(data=num_devices // (expert * f * m), expert=expert, fsdp=f, model=m)
 
 
-def _nearest(mesh: Mesh, num_devices: int, num_experts: int, num_slices: int) -> str:
-    """The advice to take the mesh that differs least from the one asked for."""
+def nearest(
+    mesh: Mesh,
+    num_devices: int,
+    num_experts: int | None = None,
+    num_slices: int = 1,
+    accepts: Callable[[Mesh], bool] = any_mesh,
+) -> Mesh:
+    """The mesh of so many devices that differs least from the one asked for, if possible one that is accepted."""
 
     def distance(other: Mesh) -> float:
         # fsdp and model before expert, and that before data: what parts a model for its memory comes first.
@@ -243,9 +274,7 @@ def _nearest(mesh: Mesh, num_devices: int, num_experts: int, num_slices: int) ->
         return sum(weight * abs(math.log(wanted / has)) for weight, wanted, has in pairs)
 
     allowed = possible(num_devices, num_experts, num_slices=num_slices)
-    best = min(allowed, key=lambda other: (distance(other), -(other.expert or 1)))
-    left_out = mesh.data is None and mesh.expert is None
-    return f"use {best}{'' if left_out else ', or leave data and expert out to have them chosen'}."
+    return min(allowed, key=lambda other: (not accepts(other), distance(other), -(other.expert or 1)))
 
 
 def _divisors(number: int) -> list[int]:

@@ -12,6 +12,7 @@ Where processes find each other, in this order:
 
 import contextlib
 import dataclasses
+import errno
 import glob
 import importlib.util
 import ipaddress
@@ -25,7 +26,7 @@ from collections.abc import Iterator, Mapping
 
 import jax
 
-from jmoe.errors import LOST, UserError
+from jmoe.errors import LOST, LostProcessError, UserError
 from jmoe.parallel.channel import Channel, Server, listen
 from jmoe.parallel.hosts import Hosts, connect_over_devices, delay_abort, end_process, format_table, set_current
 from jmoe.parallel.preemption import metadata
@@ -33,6 +34,7 @@ from jmoe.parallel.preemption import metadata
 logger = logging.getLogger("jmoe")
 
 TIMEOUT = 1800  # seconds: a scheduler may start the hosts of a large job that far apart
+MOST_SECONDS = 10_000_000  # about four months
 # JAX's own heartbeats are the second line: the channel finds a lost process within KEEPALIVE_SECONDS.
 HEARTBEAT_SECONDS = 300
 
@@ -66,8 +68,8 @@ def start(addresses: Addresses | None = None, *, timeout: float | int = TIMEOUT)
       LostProcessError: the coordinator cannot be reached, or processes are missing.
     """
     addresses = addresses or Addresses()
-    if timeout <= 0:
-        raise UserError(f"--startup-timeout must be more than 0 seconds, not {timeout:g}.")
+    if not 0 < timeout <= MOST_SECONDS:
+        raise UserError(f"--startup-timeout must be more than 0 seconds and at most {MOST_SECONDS:,}, not {timeout:g}.")
     checked = check(addresses)
     if checked is not None:
         host, port, count, process = checked
@@ -157,10 +159,18 @@ def _start_given(host: str, port: int, count: int, process: int, local: bool, ti
             with listen(bind, 0) as probe:
                 service = probe.getsockname()[1]
         except OSError as error:
-            raise UserError(
-                f"Process 0 cannot listen at {shown}: {error.strerror or error}. Is another process 0 running on this "
-                "machine, or another program at that port? Choose another port, the same on all hosts."
-            ) from error
+            if error.errno == errno.EADDRINUSE:
+                _ask_who_listens(host, port, count, shown)
+            why = os.strerror(error.errno) if error.errno else error
+            advice = {
+                errno.EADDRNOTAVAIL: f"{host} is no address of this machine, {socket.gethostname()}: give one that is.",
+                errno.EACCES: "Choose a port of at least 1024, the same on all hosts.",
+            }.get(
+                error.errno or 0,
+                "Is another process 0 running on this machine, or another program at that port? Choose another port, "
+                "the same on all hosts.",
+            )
+            raise UserError(f"Process 0 cannot listen at {shown}: {why}. {advice}") from error
         server = Server(listener, count, timeout, announce=str(service))
         server.start()
     delay_abort()
@@ -177,6 +187,12 @@ def _start_given(host: str, port: int, count: int, process: int, local: bool, ti
             cluster_detection_method="deactivate",
         )
     return hosts
+
+
+def _ask_who_listens(host: str, port: int, count: int, shown: str) -> None:
+    """If it is another process 0 of this run, all are told so: raises the UserError that they get."""
+    with contextlib.suppress(LostProcessError):  # another program, or a run that has begun
+        Channel((host, port), count, 0, timeout=5, shown=shown)
 
 
 def _start_found(found: str, timeout: float | int) -> Hosts:

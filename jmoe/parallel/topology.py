@@ -6,6 +6,7 @@ import importlib.util
 import itertools
 import math
 import os
+import re
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -44,13 +45,13 @@ def topology_devices(topology: str) -> tuple[jax.Device, ...]:
     Raises:
       UserError: libtpu is not installed, or there is no such topology.
     """
-    generation, _, shape = topology.partition(":")
-    if generation not in GENERATIONS or not shape.replace("x", "").isdecimal():
+    generation, _, shape = _common_name(topology).partition(":")
+    if generation not in GENERATIONS or not re.fullmatch(r"\d{1,6}(x\d{1,6}){0,2}", shape):
         raise UserError(
             f"There is no TPU topology {topology!r}; use one of {', '.join(GENERATIONS)} with the chips in each "
             "direction, such as v5e:4x4 or v5p:2x2x2."
         )
-    if topology != (nearest := nearest_topology(topology)):
+    if topology != (nearest := nearest_topology(f"{generation}:{shape}")):
         offered = ", ".join(map(_text, FLAT))
         if generation in LARGEST:
             offered = (
@@ -73,11 +74,11 @@ def topology_devices(topology: str) -> tuple[jax.Device, ...]:
 
     try:
         return tuple(topologies.get_topology_desc(platform="tpu", topology_name=topology, **options).devices)
-    except jax.errors.JaxRuntimeError as error:
-        reason = " ".join(str(error).split())
+    except (jax.errors.JaxRuntimeError, RuntimeError, AttributeError, ImportError, OSError) as error:
+        reason = " ".join(str(error).split()).rstrip(".")
         raise UserError(
-            f"libtpu refuses the topology {topology!r}: {reason} See whether another program uses "
-            "libtpu, and whether it knows this generation."
+            f"libtpu refuses the topology {topology!r}: {reason}. See whether another program uses libtpu, whether it "
+            "knows this generation, and whether it is whole: pip install --force-reinstall 'jmoe[plan]'."
         ) from None
 
 
@@ -90,6 +91,8 @@ def nearest_topology(topology: str) -> str:
     generation, _, shape = topology.partition(":")
     sizes = [max(1, int(size or 1)) for size in shape.split("x")]
     offered = _offered(generation)
+    if len(sizes) == 1:  # that many chips
+        return f"{generation}:{_text(min(offered, key=lambda s: (abs(math.prod(s) - sizes[0]), max(s))))}"
     directions = len(offered[0])
     sizes += [1] * (directions - len(sizes))
     sizes = sorted([*sizes[: directions - 1], math.prod(sizes[directions - 1 :])])  # the last has what is left over
@@ -99,6 +102,12 @@ def nearest_topology(topology: str) -> str:
         return sum(ratio**2 for ratio in ratios), -math.prod(slice_)  # the larger of two as near
 
     return f"{generation}:{_text(min(offered, key=distance))}"
+
+
+def _common_name(topology: str) -> str:
+    """What is meant by a name of Google's, such as v5litepod-16, in capitals, or without chips."""
+    name = topology.strip().casefold().replace("v5litepod", "v5e").replace("-", ":", 1)
+    return f"{name}:1" if name in GENERATIONS else name
 
 
 def _offered(generation: str) -> list[tuple[int, ...]]:

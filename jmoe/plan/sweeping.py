@@ -144,4 +144,4 @@ def available_memory(topology: str) -> float:
 
 
 def _few(skipped: Mapping[str, str]) -> list[str]:
-    return [f"{name}: {reason}" for name, reason in list(skipped.items())[:3]]
+    return [f"{name}: {reason.rstrip('.')}" for name, reason in list(skipped.items())[:3]]

@@ -15,7 +15,7 @@ from jmoe.nn.exchange import ONE_DEVICE, Exchange
 from jmoe.parallel import mesh as meshes
 from jmoe.parallel import rules
 from jmoe.parallel.exchange import Exchange as MeshExchange
-from jmoe.parallel.mesh import BATCH, batch_parts
+from jmoe.parallel.mesh import BATCH, Mesh, batch_parts
 from jmoe.paths import path_names
 from jmoe.train.checks import abstract_batch, readable
 from jmoe.train.config import TrainConfig
@@ -90,7 +90,16 @@ def make_program(
 def mesh_of(config: TrainConfig, devices: Sequence[Any] | None = None) -> jax.sharding.Mesh:
     """The devices, laid out as the experiment's mesh says."""
     moe = config.model.moe
-    return meshes.build(config.mesh, devices, None if moe is None else moe.num_experts)
+    return meshes.build(
+        config.mesh, devices, None if moe is None else moe.num_experts, functools.partial(accepts, config)
+    )
+
+
+def accepts(config: TrainConfig, mesh: Mesh) -> bool:
+    """Whether a mesh, with a number for every axis, divides the heads and the images of an experiment."""
+    parts = (mesh.data or 1) * mesh.fsdp * (mesh.expert or 1)
+    images = config.data.batch_size // config.accumulate
+    return config.model.num_heads % mesh.model == 0 and images % (parts * images_per_unit(config)) == 0
 
 
 def exchange_of(mesh: jax.sharding.Mesh) -> Exchange:
@@ -128,10 +137,12 @@ def _say_placement(config: TrainConfig, state: TrainState, mesh: jax.sharding.Me
 def check_batch(images: int, config: TrainConfig, mesh: jax.sharding.Mesh) -> None:
     """Raises UserError unless devices can divide so many images, which are routed in groups, and the heads of each."""
     heads, model, moe = config.model.num_heads, mesh.shape["model"], config.model.moe
+    experts = None if moe is None else moe.num_experts
+    slices = len(meshes.slices_of(list(mesh.devices.flat)))
     if heads % model:
+        best = meshes.nearest(meshes.of(mesh), mesh.size, experts, slices, functools.partial(accepts, config))
         raise UserError(
-            f"model={model} does not divide the {heads} heads of attention ({meshes.of(mesh)}): use "
-            f"mesh.model={math.gcd(heads, model)}."
+            f"model={model} does not divide the {heads} heads of attention ({meshes.of(mesh)}): use {best}."
         )
     parts = batch_parts(mesh)
     unit = images_per_unit(config)
@@ -145,12 +156,12 @@ def check_batch(images: int, config: TrainConfig, mesh: jax.sharding.Mesh) -> No
     step = parts * (1 if whole_batch else unit)
     nearest = max(1, round(images / step)) * step
     advice = f"data.batch_size={nearest * config.accumulate}"
+    fewer_parts = [n for n in range(1, config.accumulate) if config.data.batch_size % (n * step) == 0]
+    if fewer_parts:  # the recipe stays what it is
+        advice = f"accumulate={max(fewer_parts)}"
     if moe is not None and whole_batch:  # a group that grows with the batch
         advice += f" with model.moe.images_per_group={nearest // parts * moe.members}"
-    slices = len(meshes.slices_of(list(mesh.devices.flat)))
-    others = meshes.possible(
-        mesh.size, None if moe is None else moe.num_experts, fsdp=mesh.shape["fsdp"], num_slices=slices
-    )
+    others = meshes.possible(mesh.size, experts, fsdp=mesh.shape["fsdp"], num_slices=slices)
     fewer = [o for o in others if heads % o.model == 0 and images % (mesh.size // o.model * unit) == 0]
     if fewer:  # of all, one that leaves the fewest devices to the heads
         advice += f', or --set "mesh={min(fewer, key=lambda o: (o.model, -(o.expert or 1)))}"'

@@ -194,7 +194,10 @@ class TrainConfig:
             raise ValueError("TrainConfig wants a model with num_classes: a model without a head cannot be trained.")
         batch = self.data.batch_size
         if batch % self.accumulate:
-            raise ValueError(f"accumulate={self.accumulate} does not divide batch_size={batch}.")
+            divisor = min((n for n in range(1, batch + 1) if batch % n == 0), key=lambda n: abs(n - self.accumulate))
+            raise ValueError(
+                f"accumulate={self.accumulate} does not divide batch_size={batch}. Use accumulate={divisor}."
+            )
         self._check_groups(batch // self.accumulate)
 
     def _check_groups(self, images: int) -> None:
@@ -209,7 +212,8 @@ class TrainConfig:
             each = f", {moe.members} copies of each," if moe.members > 1 else ""
             raise ValueError(
                 f"{named} is larger than the batch: {images} images of {tokens} tokens{each} are routed at once. "
-                f"Use groups of at most {copies} images, {copies * tokens} tokens, or a larger batch_size."
+                f"Use groups of at most {copies} images, {copies * tokens} tokens, or data.batch_size="
+                f"{math.ceil(group / tokens / moe.members) * self.accumulate}."
             )
 
 

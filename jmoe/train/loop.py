@@ -87,8 +87,8 @@ def train(config: TrainConfig, workdir: str | os.PathLike[str]) -> Summary:
         step, with nothing to save.
     """
     try:
-        with StopRequest() as stop, watched(stop.ask):
-            return _train(config, workdir, stop)
+        with StopRequest() as stop, watched(stop.ask), folders.Claim() as claim:
+            return _train(config, workdir, stop, claim)
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT):
             raise
@@ -98,7 +98,7 @@ def train(config: TrainConfig, workdir: str | os.PathLike[str]) -> Summary:
         ) from error
 
 
-def _train(config: TrainConfig, workdir: str | os.PathLike[str], stop: StopRequest) -> Summary:
+def _train(config: TrainConfig, workdir: str | os.PathLike[str], stop: StopRequest, claim: folders.Claim) -> Summary:
     started = time.monotonic()
     hosts = current()
     main = hosts.process == 0  # the process that writes and prints; checkpoints are written by all
@@ -109,7 +109,7 @@ def _train(config: TrainConfig, workdir: str | os.PathLike[str], stop: StopReque
         hosts.compare(_what_hosts_share(config, position))
     path, ended = folders.local(workdir).absolute(), ""
     if main:
-        path = folders.prepare(workdir, config)
+        path = folders.prepare(workdir, config, claim)
         ended = (path / folders.SUMMARY).read_text() if (path / folders.SUMMARY).exists() else ""
     # Process 0 says for all whether there is anything to do: what another sees of the folder may be older.
     if ended := hosts.gather("the end of the run", ended)[0]:

@@ -1,12 +1,15 @@
 """The work folder of a run: which experiment it holds, and how far that came."""
 
+import fcntl
 import json
 import os
 import pathlib
 import re
 import shutil
+import socket
+import time
 from collections.abc import Sequence
-from typing import Any
+from typing import IO, Any
 
 from jmoe.errors import UserError
 from jmoe.train.checkpoint import latest
@@ -17,6 +20,7 @@ CONFIG = "config.json"
 MODEL = "model.json"  # in its place, in a folder that `jmoe convert` wrote
 CHECKPOINTS = "checkpoints"
 SUMMARY = "summary.json"
+LOCK = "lock"  # is there from the first run on, and locked while one goes on
 # What may change between the parts of a run without changing what it computes.
 _FREE = ("checkpoint", "evaluate", "log_every", "mesh", "sharding", "watchdog")
 
@@ -24,6 +28,10 @@ _FREE = ("checkpoint", "evaluate", "log_every", "mesh", "sharding", "watchdog")
 def local(path: str | os.PathLike[str]) -> pathlib.Path:
     """The path of a folder or file in a file system; raises UserError for an address such as gs://bucket/run."""
     text = os.fspath(path)
+    if not text:
+        raise UserError("--workdir wants the name of a folder, and got an empty one. Write . for the current folder.")
+    if text.startswith("file:"):
+        raise UserError(f"{text} is an address; give the folder itself: {re.sub('^file:/*', '/', text)}.")
     if scheme := re.match(r"([a-zA-Z][\w+.-]*):/+", text):
         raise UserError(
             f"{text} is not in a file system: jmoe reads and writes folders. Mount the bucket on every host, such as "
@@ -32,7 +40,7 @@ def local(path: str | os.PathLike[str]) -> pathlib.Path:
     return pathlib.Path(path)
 
 
-def prepare(workdir: str | os.PathLike[str], config: TrainConfig) -> pathlib.Path:
+def prepare(workdir: str | os.PathLike[str], config: TrainConfig, claim: "Claim | None" = None) -> pathlib.Path:
     """Makes the folder of a new run, or checks that it holds this one, and records the config.
 
     A folder in which nothing was saved yet holds no run: it may be used with other options.
@@ -44,6 +52,8 @@ def prepare(workdir: str | os.PathLike[str], config: TrainConfig) -> pathlib.Pat
     new = to_json(config)
     try:
         path.mkdir(parents=True, exist_ok=True)
+        if claim is not None:
+            claim.take(path)
         if (path / MODEL).exists():
             raise UserError(f"{path} holds a converted model, not a run. Choose another --workdir.")
         begun = (path / SUMMARY).exists() or latest(path / CHECKPOINTS) is not None
@@ -59,6 +69,52 @@ def prepare(workdir: str | os.PathLike[str], config: TrainConfig) -> pathlib.Pat
             f"The work folder {workdir} cannot be written: {error.strerror or error}. Choose another --workdir."
         ) from error
     return path
+
+
+class Claim:
+    """Keeps two runs from writing into one folder: entered, and given a folder, it holds a lock on that.
+
+    The lock goes with its process, however that ends. Storage that has no locks is not guarded.
+    """
+
+    def __init__(self, *, seconds: float = 15.0):
+        """Takes how long to wait for a process that is ending."""
+        self._seconds = seconds
+        self._file: IO[str] | None = None
+
+    def take(self, path: pathlib.Path) -> None:
+        """Claims a folder.
+
+        Raises:
+          UserError: another process has claimed it.
+        """
+        file = self._file = open(path / LOCK, "a+", encoding="utf-8")  # noqa: SIM115, closed on leaving
+        deadline = time.monotonic() + self._seconds
+        while True:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except BlockingIOError as error:
+                if time.monotonic() > deadline:
+                    file.seek(0)
+                    raise UserError(
+                        f"{path} is being written by {file.read().strip() or 'another process'}: wait for its end, "
+                        "stop it, or choose another --workdir."
+                    ) from error
+                time.sleep(0.2)
+            except OSError:  # no locks here
+                break
+        file.truncate(0)
+        file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
+        file.flush()
+
+    def __enter__(self) -> "Claim":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """Lets go of the folder."""
+        if self._file is not None:
+            self._file.close()
 
 
 def _check_renames(path: pathlib.Path) -> None:

@@ -166,8 +166,16 @@ def test_a_sweep_is_a_ranking_with_what_was_left_out(monkeypatch, capsys):
 def test_a_mesh_is_written_as_axes_with_numbers():
     assert parse_mesh("data=8,expert=32") == Mesh(data=8, expert=32)
     assert parse_mesh("fsdp=2, model=4") == Mesh(fsdp=2, model=4)
-    for text in ("data", "data=0", "replica=8", "data=2,data=4", "data=two", ""):
-        with pytest.raises(UserError, match=f"A mesh is written as data=8,expert=32, of .*; it is '{text}'"):
+    assert parse_mesh("Mesh(data=4, expert=1)") == Mesh(data=4, expert=1)  # as messages advise
+    for text, wrong in (
+        ("data", "data has no number of at least 1"),
+        ("data=0", "data has no number of at least 1"),
+        ("replica=8", "there is no axis 'replica'"),
+        ("data=2,data=4", "data is there twice"),
+        ("data=two", "data has no number of at least 1"),
+        ("", "there is no axis ''"),
+    ):
+        with pytest.raises(UserError, match=f"A mesh is written as data=8,expert=32, of .*; in '{text}' {wrong}"):
             parse_mesh(text)
 
 

@@ -57,6 +57,19 @@ def test_every_number_of_devices_has_a_mesh(devices, experts):
             8,
             r"is for 4 devices; there are 8: use Mesh\(data=4, expert=2\), or leave data and",
         ),
+        (
+            Mesh(data=2),
+            32,
+            8,
+            r"Mesh\(data=2\) leaves 16 of 32 devices to the experts, and num_experts=8 can be divided by 8 at most: "
+            r"use Mesh\(data=4, expert=8\)",
+        ),
+        (
+            Mesh(data=2),
+            4,
+            None,
+            r"leaves 2 of 4 devices to the experts, and the model has no experts: use Mesh\(data=4,",
+        ),
         (Mesh(data=16, expert=1), 1, 8, r"is for 16 devices; there is 1: use Mesh\(data=1, expert=1\)"),
         (Mesh(fsdp=3), 8, 8, r"Mesh\(fsdp=3\) is for a multiple of 3 devices; there are 8: use Mesh\(.*fsdp=4\)"),
         (Mesh(data=3, model=2), 8, 8, r"is for a multiple of 6 devices; there are 8: use Mesh\(data=.*model=2\)"),
@@ -113,6 +126,15 @@ def test_a_mesh_that_slices_do_not_divide_is_refused_with_the_nearest_that_can_b
 def test_slices_are_of_one_size():
     with pytest.raises(UserError, match="slices of one size; there are some of 14 and some of 16 chips"):
         build(Mesh(), two_slices()[2:], 32)
+
+
+def test_what_the_experiment_cannot_take_is_not_recommended():
+    with pytest.raises(UserError, match=r"there are 8: use Mesh\(data=1, expert=1, model=8\)\."):
+        resolve(Mesh(model=7), 8, 8)
+    with pytest.raises(UserError, match=r"there are 8: use Mesh\(data=2, expert=1, model=4\), or leave"):
+        resolve(Mesh(data=1, expert=1, model=7), 8, 8, accepts=lambda mesh: 4 % mesh.model == 0)
+    with pytest.raises(UserError, match=r"there are 8: use Mesh\(data=1, expert=1, model=8\)"):  # if all are refused
+        resolve(Mesh(model=7), 8, 8, accepts=lambda mesh: False)
 
 
 def test_a_mesh_counts_from_one():

@@ -20,7 +20,12 @@ def test_a_topology_has_its_chips(topology, chips):
 @pytest.mark.parametrize(
     ("topology", "sentence"),
     [
-        ("v5e", "There is no TPU topology 'v5e'; use one of v4, v5e, v5p, v6e with the chips in each direction"),
+        ("v5e", r"There is no TPU topology 'v5e': slices of v5e are 1x1, .*\. The nearest is v5e:1x1\."),
+        ("V5E:4X4", r"There is no TPU topology 'V5E:4X4': .* The nearest is v5e:4x4\."),
+        ("v5litepod-16", r"The nearest is v5e:4x4\."),
+        ("v5e:4", r"The nearest is v5e:2x2\."),
+        ("v5p-128", r"The nearest is v5p:4x4x8\."),
+        (f"v5e:{'9' * 5000}", "There is no TPU topology 'v5e:9+'; use one of"),
         ("h100:8", "There is no TPU topology 'h100:8'; use one of"),
         (
             "v5e:3x3",

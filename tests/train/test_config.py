@@ -86,7 +86,14 @@ def test_a_group_may_hold_as_many_copies_as_the_batch_has():
         (
             {},
             Mesh(model=8),
-            "model=8 does not divide the 2 heads of attention (Mesh(data=1, expert=1, model=8)): use [mesh.model=2].",
+            "model=8 does not divide the 2 heads of attention (Mesh(data=1, expert=1, model=8)): use "
+            "Mesh(data=4, expert=1, model=2).",
+        ),
+        (
+            {"batch_size": 128, "accumulate": 8},
+            Mesh(),
+            "16 images (a part of accumulate=8) in groups of 4 cannot be divided among 8 devices of 2 processes "
+            '(Mesh(data=1, expert=8)): use [accumulate=4], or --set "[mesh=Mesh(data=1, expert=4, model=2)]".',
         ),
     ],
 )
@@ -99,5 +106,6 @@ def test_what_cannot_be_divided_is_refused_with_what_can(changes, mesh, sentence
     with pytest.raises(UserError) as error:
         check(config)
     assert str(error.value) == re.sub(r"[\[\]]", "", sentence)
-    for advised in re.findall(r"\[(.*?)\]", sentence):
-        check(apply_overrides(config, advised.split(" with ")))
+    advised = re.findall(r"\[(.*?)\]", sentence) or [f"mesh={sentence.split(': use ')[1].rstrip('.')}"]
+    for advice in advised:
+        check(apply_overrides(config, advice.split(" with ")))

@@ -1,6 +1,8 @@
 import errno
 import json
+import os
 import pathlib
+import socket
 
 import pytest
 
@@ -91,6 +93,45 @@ def test_storage_that_does_not_rename_folders_is_refused_before_a_step_is_taken(
     ):
         folders.prepare(tmp_path / "run", tiny_config())
     assert not list((tmp_path / "run").iterdir())
+
+
+def test_two_runs_do_not_write_into_one_folder(tmp_path):
+    with folders.Claim() as first:
+        folders.prepare(tmp_path, tiny_config(), first)
+        before = sorted(os.listdir(tmp_path))
+        with (
+            pytest.raises(
+                UserError,
+                match=f"{tmp_path} is being written by process {os.getpid()} on {socket.gethostname()}: wait for its "
+                "end, stop it, or choose another --workdir",
+            ),
+            folders.Claim(seconds=0.0) as second,
+        ):
+            folders.prepare(tmp_path, tiny_config(steps=7), second)
+        assert sorted(os.listdir(tmp_path)) == before
+    with folders.Claim(seconds=0.0) as third:
+        folders.prepare(tmp_path, tiny_config(), third)
+
+
+def test_a_folder_on_storage_without_locks_is_taken_without(tmp_path, monkeypatch):
+    def none(*_):
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(folders.fcntl, "flock", none)
+    with folders.Claim() as claim:
+        folders.prepare(tmp_path, tiny_config(), claim)
+
+
+@pytest.mark.parametrize(
+    ("path", "sentence"),
+    [
+        ("", "--workdir wants the name of a folder, and got an empty one. Write . for the current folder."),
+        ("file:///data/runs", "file:///data/runs is an address; give the folder itself: /data/runs."),
+    ],
+)
+def test_what_is_no_name_of_a_folder_is_refused(path, sentence):
+    with pytest.raises(UserError, match=sentence):
+        folders.local(path)
 
 
 def test_a_folder_may_have_a_colon_in_its_name(tmp_path):
