@@ -16,6 +16,7 @@ from jmoe.data.pipeline import (
     steps_per_epoch,
     test_batches,
     train_batches,
+    train_records,
 )
 from jmoe.data.preprocess import (
     CentralCrop,
@@ -59,4 +60,5 @@ __all__ = [
     "steps_per_epoch",
     "test_batches",
     "train_batches",
+    "train_records",
 ]

@@ -127,6 +127,17 @@ class Batches(Iterator[dict[str, np.ndarray]]):
         _close(self._open)
 
 
+def train_records(config: DataConfig) -> RandomAccess:
+    """The training images; raises UserError if there are fewer than in a batch."""
+    records = config.source.open(config.source.train)
+    if len(records) < config.batch_size:
+        raise UserError(
+            f"A batch of {config.batch_size} images is more than the {len(records)} of {records.name}: choose a "
+            f"batch_size of at most {len(records)}."
+        )
+    return records
+
+
 def train_batches(config: DataConfig, *, seed: int, start_step: int = 0, rows: Sequence[int] | None = None) -> Batches:
     """Endless batches of shuffled and augmented training images, from step `start_step` on.
 
@@ -146,12 +157,7 @@ def train_batches(config: DataConfig, *, seed: int, start_step: int = 0, rows: S
     """
     if start_step < 0:
         raise ValueError(f"train_batches counts steps from 0, not {start_step=}.")
-    records = config.source.open(config.source.train)
-    if len(records) < config.batch_size:
-        raise UserError(
-            f"A batch of {config.batch_size} images is more than the {len(records)} of {records.name}: choose a "
-            f"batch_size of at most {len(records)}."
-        )
+    records = train_records(config)
     size = None if config.image_size is None else height_and_width(config.image_size)
     maker = _BatchMaker(
         records=records,

@@ -14,7 +14,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from jmoe.data import fingerprint, train_batches
+from jmoe.data import fingerprint, train_batches, train_records
 from jmoe.errors import InterruptedRunError, StorageError, UserError
 from jmoe.evaluate.accuracy import Evaluation
 from jmoe.parallel import mesh as meshes
@@ -103,6 +103,7 @@ def _train(config: TrainConfig, workdir: str | os.PathLike[str], stop: StopReque
     hosts = current()
     main = hosts.process == 0  # the process that writes and prints; checkpoints are written by all
     check_classes(config)
+    train_records(config.data)  # opened to see that there are enough, before minutes of compiling
     steps = total_steps(config)
     position = {"seed": config.seed, "global_batch": config.data.batch_size, "fingerprint": fingerprint(config.data)}
     if hosts.count > 1:
