@@ -34,7 +34,7 @@ class LostProcessError(UserError):
 
 
 class StorageError(UserError):
-    """Storage failed in a way that may pass by itself; the same command may succeed later."""
+    """Storage failed, or is taken, in a way that may pass by itself; the same command may succeed later."""
 
     exit_code: int = LOST
 

@@ -12,6 +12,7 @@ import logging
 import os
 import pathlib
 import threading
+import time
 import urllib.error
 import urllib.request
 from collections.abc import Callable, Iterator, Mapping
@@ -20,6 +21,7 @@ logger = logging.getLogger("jmoe")
 
 _PRODUCT = pathlib.Path("/sys/class/dmi/id/product_name")
 _ANSWERS_WITHIN = 60  # seconds: a server that is asked to wait for a change says after them that there was none
+_LEAST = 1.0  # seconds between two requests
 _AGAIN_AFTER = 5.0  # seconds, where the server does not answer
 _NO_ANSWER = (OSError, http.client.HTTPException, ValueError)  # a URLError is an OSError
 
@@ -49,28 +51,22 @@ def watched(tell: Callable[[str], None], environment: Mapping[str, str] = os.env
 def _watch(tell: Callable[[str], None], over: threading.Event, environment: Mapping[str, str]) -> None:
     waiting, known, failed = f"preempted?wait_for_change=true&timeout_sec={_ANSWERS_WITHIN}", "NONE", False
     while not over.is_set():
+        began = time.monotonic()
         try:
             # What the server knows is told at once if it is not what was known here; else when it changes.
             value, known = _ask(f"{waiting}&last_etag={known}", environment, _ANSWERS_WITHIN + 10)
-        except urllib.error.HTTPError as error:
-            if error.code in (403, 404):  # hidden, as from pods, which get SIGTERM
-                return
-            failed = _failed(error, failed)
-            over.wait(_AGAIN_AFTER)
         except _NO_ANSWER as error:
-            failed = _failed(error, failed)
+            if isinstance(error, urllib.error.HTTPError) and error.code in (403, 404):
+                return  # hidden, as from pods, which get SIGTERM
+            if not failed:
+                logger.info("The metadata of this machine, which tell of a preemption, do not answer: %s.", error)
+            failed = True
             over.wait(_AGAIN_AFTER)
         else:
             if value.strip() == "TRUE" and not over.is_set():
                 tell("Google Cloud preempts this machine")
                 return
-
-
-def _failed(error: Exception, before: bool) -> bool:
-    """Says so the first time."""
-    if not before:
-        logger.info("The metadata of this machine, which tell of a preemption, do not answer: %s. Asking again.", error)
-    return True
+            over.wait(_LEAST - (time.monotonic() - began))  # of a server that does not wait
 
 
 def is_google_cloud(environment: Mapping[str, str] = os.environ) -> bool:

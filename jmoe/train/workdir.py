@@ -11,7 +11,7 @@ import time
 from collections.abc import Sequence
 from typing import IO, Any
 
-from jmoe.errors import UserError
+from jmoe.errors import StorageError, UserError
 from jmoe.train.checkpoint import latest
 from jmoe.train.config import TrainConfig
 from jmoe.train.config_json import differences, from_json, to_json
@@ -86,7 +86,8 @@ class Claim:
         """Claims a folder.
 
         Raises:
-          UserError: another process has claimed it.
+          StorageError: another process has claimed it, or one did that has died with its machine, which storage may
+            know only later.
         """
         file = self._file = open(path / LOCK, "a+", encoding="utf-8")  # noqa: SIM115, closed on leaving
         deadline = time.monotonic() + self._seconds
@@ -97,7 +98,7 @@ class Claim:
             except BlockingIOError as error:
                 if time.monotonic() > deadline:
                     file.seek(0)
-                    raise UserError(
+                    raise StorageError(
                         f"{path} is being written by {file.read().strip() or 'another process'}: wait for its end, "
                         "stop it, or choose another --workdir."
                     ) from error

@@ -1,5 +1,6 @@
 import queue
 import threading
+import time
 
 import pytest
 
@@ -51,6 +52,7 @@ def test_a_notice_that_came_before_is_told(cloud, told):
 
 def test_a_wait_without_a_change_is_repeated(cloud, told, monkeypatch):
     monkeypatch.setattr(preemption, "_ANSWERS_WITHIN", 0.01)
+    monkeypatch.setattr(preemption, "_LEAST", 0.01)
     cloud["preempted"] = "FALSE"
     with watching(cloud, told):
         while len(cloud.asked) < 4:
@@ -84,6 +86,14 @@ def test_a_server_that_cannot_be_reached_is_asked_again(cloud, told, monkeypatch
 
     with watched(told.put, Environment()):
         assert told.get(timeout=10) == SENTENCE
+
+
+def test_a_server_that_does_not_wait_is_not_asked_all_the_time(cloud, told, monkeypatch):
+    monkeypatch.setattr(preemption, "_ANSWERS_WITHIN", 0)
+    cloud["preempted"] = "FALSE"
+    with watching(cloud, told):
+        time.sleep(0.5)
+    assert len(cloud.asked) == 1
 
 
 def test_nothing_is_watched_where_the_metadata_does_not_say(cloud, told):
