@@ -270,6 +270,7 @@ def test_a_run_that_starts_elsewhere_goes_on_and_when_it_is_resumed_needs_no_sou
     assert loop.train(config, tmp_path / "run").resumed_from == 8
 
 
+@pytest.mark.slow
 def test_a_run_that_would_end_before_it_starts_is_refused(source, tmp_path):
     changes = [f"initialize.path={source[0]}", "initialize.fresh=()", "initialize.optimizer=true"]
     config = apply_overrides(tiny_config(steps=7, ema_decay=0.9), changes)

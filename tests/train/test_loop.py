@@ -121,7 +121,7 @@ def stop_at(monkeypatch, step):
     monkeypatch.setattr(loop, "train_batches", Interrupting)
 
 
-@pytest.mark.parametrize("stop_after", [6, 12])
+@pytest.mark.parametrize("stop_after", slow_but(12, [6, 12]))
 def test_a_stop_does_not_wait_for_an_evaluation(finished, tmp_path, monkeypatch, stop_after):
     _, summary = finished
     stop_at(monkeypatch, stop_after)
@@ -153,14 +153,14 @@ def test_a_save_that_fails_for_a_moment_does_not_end_the_run(finished, tmp_path,
 
 
 def test_before_the_first_evaluation_the_state_is_saved(tmp_path, monkeypatch):
-    config = tiny_config(steps=6, evaluate=EvalConfig(every=2, batch_size=96), checkpoint=CheckpointConfig(every=6))
+    config = tiny_config(evaluate=EvalConfig(every=5, batch_size=96), checkpoint=CheckpointConfig(every=12))
     kept = []
     monkeypatch.setattr(loop.Checkpointer, "save", lambda self, step, *_: kept.append(step))
     train(config, tmp_path)
-    assert kept == [2, 6]
+    assert kept == [5, 12]
 
 
-@pytest.mark.parametrize("stop_after", [5, 12])
+@pytest.mark.parametrize("stop_after", slow_but(5, [5, 12]))
 def test_an_evaluation_under_way_is_left_for_a_stop(finished, tmp_path, monkeypatch, stop_after):
     _, summary = finished
     config = tiny_config(evaluate=EvalConfig(every=stop_after, batch_size=96))
@@ -190,6 +190,7 @@ def test_an_evaluation_under_way_is_left_for_a_stop(finished, tmp_path, monkeypa
     assert (resumed.resumed_from, resumed.evaluation) == (stop_after, summary.evaluation)
 
 
+@pytest.mark.slow
 def test_the_notice_of_a_preemption_stops_like_sigterm(tmp_path, monkeypatch, caplog):
     with serving() as cloud:
         cloud["preempted"] = "FALSE"
@@ -238,6 +239,7 @@ def test_signals_at_once_are_one_request_and_a_later_ctrl_c_insists(monkeypatch,
             signal.raise_signal(signal.SIGINT)
 
 
+@pytest.mark.slow
 def test_a_killed_run_goes_on_from_its_last_checkpoint(finished, tmp_path):
     workdir, _ = finished
     program = (

@@ -67,6 +67,7 @@ def test_steps_with_remat_and_parts_of_a_batch_are_those_of_one_device():
     assert {shard.data.shape for shard in w_in.addressable_shards} == {(2, 4, 12)}
 
 
+@pytest.mark.slow
 def test_parts_of_a_batch_are_divided_among_devices_once_and_as_bytes():
     program = make_program(config_with(Mesh(data=2, expert=4), accumulate=3), 12)
     with jax.set_mesh(program.mesh):
