@@ -145,10 +145,9 @@ def test_the_command_needs_nothing_but_inputs(tmp_path, capsys):
 @pytest.fixture
 def compiled_quickly():
     """Without optimizations of the compiler, which take longer than what they save here."""
-    before = jax.config.jax_disable_most_optimizations
     jax.config.update("jax_disable_most_optimizations", True)
     yield
-    jax.config.update("jax_disable_most_optimizations", before)
+    jax.config.update("jax_disable_most_optimizations", False)
 
 
 @pytest.mark.slow
